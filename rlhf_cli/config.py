@@ -1,0 +1,282 @@
+"""The typed root of every configuration, and `build`: from a node with `_target_` to a callable with its settings bound."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, make_dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rlhf_cli.errors import ConfigError
+from rlhf_cli.signature import PACKAGE, REQUIRED, Param, Signature, signature
+
+__all__ = ["ConfigError", "build", "check_node", "nearest", "schema"]
+
+
+@dataclass
+class RunSection:
+    """Where the run lives."""
+
+    dir: str = "runs"  # folder that holds runs
+    name: str = ""  # folder of this run inside it; empty: made from the choices and the time
+
+
+@dataclass
+class BatchSection:
+    """One batch vocabulary: prompts x samples = rows per step."""
+
+    prompts: int = 8  # prompts (groups) per step
+    samples: int = 8  # responses per prompt
+    epochs: int = 1  # passes over a step's rows
+    minibatches: int = 1  # optimizer steps per pass; whole groups each
+
+
+@dataclass
+class OptimSection:
+    """AdamW and its schedule."""
+
+    lr: float = 1e-6  # peak learning rate
+    betas: tuple[float, float] = (0.9, 0.999)  # AdamW moments
+    eps: float = 1e-8  # AdamW epsilon
+    weight_decay: float = 0.0  # decoupled weight decay
+    clip: float = 1.0  # global gradient norm; 0 turns clipping off
+    warmup: int = 0  # steps of linear warm-up
+    schedule: str = "constant"  # constant | linear | cosine, down to zero at the last step
+
+
+@dataclass
+class CheckpointSection:
+    """When to save, and how much to keep."""
+
+    every: int = 10  # steps between checkpoints; 0: only at the end and when stopped
+    keep: int = 2  # newest checkpoints kept
+    export: bool = True  # write export/ at the end
+
+
+@dataclass
+class EvalSection:
+    """Held-out evaluation while training, and by `rlhf eval`."""
+
+    every: int = 0  # steps between evaluations; 0: before the first and after the last step only
+    prompts: int = 96  # held-out prompts used; 0: all
+    samples: int = 0  # sampled responses per prompt besides the greedy one (`rlhf eval`)
+    bootstrap: int = 10000  # resamples behind the 95 % interval
+
+
+@dataclass
+class GatesSection:
+    """Limits that stop a run; see docs/gates.md."""
+
+    enabled: bool = True  # turn all gates off only to debug a gate
+    logp_gap: float = 0.0  # mean |sampler - learner| log-prob gap allowed, nats; 0: by precision
+    advantage: float = 100.0  # largest |advantage| allowed
+    constant_steps: int = 20  # steps in a row with one constant reward allowed
+    failures: float = 0.1  # largest fraction of failed rewards in a step
+    invariance: float = 0.0  # largest log-prob change under re-batching allowed, nats; 0: by precision
+
+
+@dataclass
+class LearnerSection:
+    """A trained model: its head, where it starts, its own learning rate."""
+
+    head: str = "policy"  # policy (next-token log-probs) | value (a number per token) | score (a number per row)
+    path: str = ""  # folder or run to start from; empty: `model`
+    lr: float | None = None  # empty: optim.lr
+    starts_at: int = 0  # first step at which it is updated
+
+
+@dataclass
+class LoraSection:
+    """Low-rank adapters through peft."""
+
+    r: int = 0  # rank; 0 trains every weight
+    alpha: float = 32.0  # scale is alpha / r
+    targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+    merge_export: bool = True  # export/ holds merged weights instead of the adapter
+
+
+@dataclass
+class ModelSection:
+    """The model that is trained, and its reference."""
+
+    path: str = ""  # a Hugging Face folder, a run, or a Hub id
+    source: str = "auto"  # auto (path decides) | smollm2 (packaged weights) | tiny (random)
+    revision: str = ""  # Hub revision
+    reference: str = "auto"  # auto (the initial policy; the disabled adapter under LoRA) | a folder, a run or a Hub id
+    trust_remote_code: bool = False  # run code that a model repository ships
+    checkpointing: bool = False  # recompute activations in the backward pass
+    packing: bool = True  # share prompts and drop padding inside a forward
+    chat_template: str = ""  # Jinja file that replaces the tokenizer's template
+    lora: LoraSection = field(default_factory=LoraSection)
+
+
+@dataclass
+class DatasetSection:
+    """Records, where they come from and which columns hold what."""
+
+    format: str = "packaged"  # packaged | jsonl | json | parquet | hub
+    path: str = ""  # file (train split), or Hub id
+    heldout: str = ""  # file, or Hub split, of the held-out records; empty: `heldout_fraction` of the train records
+    heldout_fraction: float = 0.1  # cut off by a hash of the prompt, so that it never depends on order or seed
+    name: str = ""  # Hub configuration
+    split: str = "train"  # Hub split
+    revision: str = ""  # Hub revision
+    shape: str = "prompts"  # prompts | pairs | rankings | thumbs | demonstrations
+    columns: dict[str, str] = field(default_factory=dict)  # our name -> the file's column
+    answer_pattern: str = ""  # regular expression whose first group replaces each reference
+    system: str = ""  # system message put before every prompt
+    template: str = "{prompt}"  # text of the user turn
+    chat: bool = True  # render with the tokenizer's chat template
+    limit: int = 0  # use only the first N records; 0: all
+    max_prompt_tokens: int = 512  # longer prompts are an error before training
+    max_response_tokens: int = 2048  # longer recorded responses are an error before training
+
+
+@dataclass
+class HardwareSection:
+    """Processes, precision and memory."""
+
+    device: str = "auto"  # auto | cpu | cuda
+    processes: int = 0  # ranks on this machine; 0: one per accelerator, or one
+    precision: str = "auto"  # auto (bf16 where the hardware multiplies it) | fp32 | bf16 (computes in bf16, keeps fp32 master weights)
+    zero: int = 0  # DeepSpeed ZeRO stage 0-3
+    offload: str = "none"  # none | cpu (optimizer state; parameters too under ZeRO-3)
+    micro_batch_tokens: int = 0  # tokens per forward; 0: by device
+    threads: int = 0  # threads per rank; 0: the machine's cores divided by the ranks
+    timeout: int = 1800  # seconds without a heartbeat before a rank is declared hung
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # extra DeepSpeed keys
+
+
+@dataclass
+class RolloutSection:
+    """How responses are drawn."""
+
+    backend: str = "builtin"  # the built-in sampler
+    max_tokens: int = 64  # new tokens per response
+    min_tokens: int = 0  # no EOS or stop before this many
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0  # nucleus mass kept
+    top_k: int = 0  # best tokens kept; 0: all
+    stop: list[str] = field(default_factory=list)  # texts that end a response
+    rows: int = 0  # rows decoded at a time; 0: by memory
+
+
+@dataclass
+class Root:
+    """Every key that a configuration may have."""
+
+    seed: int = 0  # seeds data order, sampling and initialisation
+    steps: int = 40  # optimisation steps
+    resume: str = "auto"  # auto (continue run.dir/run.name when it exists) | never | a checkpoint folder
+    allow_targets: list[str] = field(default_factory=list)  # modules outside rlhf_cli whose _target_ may be built
+    run: RunSection = field(default_factory=RunSection)
+    batch: BatchSection = field(default_factory=BatchSection)
+    optim: OptimSection = field(default_factory=OptimSection)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    eval: EvalSection = field(default_factory=EvalSection)
+    gates: GatesSection = field(default_factory=GatesSection)
+    model: ModelSection = field(default_factory=ModelSection)
+    dataset: DatasetSection = field(default_factory=DatasetSection)
+    hardware: HardwareSection = field(default_factory=HardwareSection)
+    rollout: RolloutSection = field(default_factory=RolloutSection)
+    learners: dict[str, LearnerSection] = field(default_factory=dict)
+    source: Any = None  # conf/source
+    reward: Any = None  # conf/reward: name -> scorer with a weight
+    shaping: Any = None  # conf/shaping: name -> function
+    select: Any = None  # conf/select
+    credit: Any = None  # conf/credit
+    updates: dict[str, Any] = field(default_factory=dict)  # learner -> term -> {objective, reduce, coef}
+    tracker: Any = None  # conf/tracker
+    launcher: Any = None  # conf/launcher
+    debug: dict[str, Any] = field(default_factory=dict)  # switches of conf/debug
+    input: str = ""  # generate, score: the file to read
+    output: str = ""  # generate, score: the file to write; empty: the terminal
+    names: dict[str, str] = field(default_factory=dict)  # the chosen option of each group, for names and reports
+
+
+def schema() -> Any:
+    """The root as an OmegaConf structured config."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.structured(Root)
+
+
+def load_config(path: Path) -> Any:
+    """The frozen configuration of a run directory, checked against the schema."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.merge(schema(), OmegaConf.load(path / "config.yaml"))
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for a likely typo, or an empty string."""
+    match = difflib.get_close_matches(word, [str(a) for a in allowed], n=1, cutoff=0.6)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def check_node(node: Mapping[str, Any], key: str, *, allow: Iterable[str] = (), reserved: Iterable[str] = ()) -> tuple[Signature, dict[str, Any]]:
+    """Check a node's target, names and types without importing the target. Returns its signature and converted settings.
+
+    `key` is the node's place in the config, for messages; `reserved` keys belong to the caller and are left out.
+    """
+    settings = {str(k): v for k, v in node.items()}
+    target = settings.pop("_target_", None)
+    if not isinstance(target, str):
+        raise ConfigError(f"{key}: has no _target_; pick an option of that group instead (rlhf list)")
+    module = target.rpartition(".")[0]
+    if not any(module == a or module.startswith(a + ".") for a in (PACKAGE, *allow)):
+        raise ConfigError(f"{key}._target_: {target} is outside {PACKAGE}; allow its module with allow_targets=[{module}]")
+    sig = signature(target)
+    for name in reserved:
+        settings.pop(name, None)
+    for name in settings:
+        if name not in sig.params:
+            allowed = ", ".join(sig.params) or "no settings"
+            raise ConfigError(f"{key}.{name}: unknown; {target.rpartition('.')[2]} takes {allowed}{nearest(name, sig.params)}")
+    absent = [p.name for p in sig.params.values() if p.default is REQUIRED and p.name not in settings]
+    if absent:
+        raise ConfigError(f"{key}.{absent[0]}: missing; type {key}.{absent[0]}=VALUE ({sig.params[absent[0]].type})")
+    return sig, _convert(settings, sig.params, key)
+
+
+def build(node: Mapping[str, Any], key: str, *, allow: Iterable[str] = (), reserved: Iterable[str] = ()) -> Callable[..., Any]:
+    """The node's target with its settings bound: `functools.partial` of a function, or an instance of a class."""
+    sig, settings = check_node(node, key, allow=allow, reserved=reserved)
+    module, _, name = sig.target.rpartition(".")
+    made = getattr(importlib.import_module(module), name)
+    return made(**settings) if isinstance(made, type) else partial(made, **settings)
+
+
+_SCALARS: dict[str, type] = {"float": float, "int": int, "bool": bool, "str": str}
+
+
+def _convert(settings: dict[str, Any], params: Mapping[str, Param], key: str) -> dict[str, Any]:
+    """Convert settings to their annotated types by OmegaConf's rules (1 is a float, 'abc' is not)."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    done: dict[str, Any] = {}
+    for name, value in settings.items():
+        p = params[name]
+        if p.choices and value not in p.choices:
+            allowed = ", ".join(map(str, p.choices))
+            raise ConfigError(f"{key}.{name}: {value!r} is not allowed; choose one of {allowed}{nearest(str(value), map(str, p.choices))}")
+        typed = make_dataclass("Node", [(name, _type(p.type), field(default=None))])  # type: ignore[arg-type]
+        try:
+            made = OmegaConf.merge(OmegaConf.structured(typed), {name: value})
+            done[name] = OmegaConf.to_container(made, resolve=True)[name]  # type: ignore[index,call-overload]
+        except OmegaConfBaseException as e:
+            raise ConfigError(f"{key}.{name}: {str(e).splitlines()[0]} (wanted: {p.type})") from None
+        if value is None and "None" not in p.type and p.type in _SCALARS:
+            raise ConfigError(f"{key}.{name}: must not be empty (wanted: {p.type})")
+    return done
+
+
+def _type(text: str) -> Any:
+    base = text.replace(" | None", "").replace("Optional[", "").rstrip("]") if "[" not in text else text.replace(" | None", "")
+    if base in _SCALARS:
+        return _SCALARS[base] | None
+    return Any

@@ -1,0 +1,78 @@
+"""The few collectives of the effect ring, the same for one process and many."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Comm:
+    """This process among all; every method is a no-op for one process."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum of `x` over ranks. Adding zeros is exact, so it also gathers tensors that ranks fill in turn."""
+        if self.world == 1:
+            return x
+        moved = x.to(self.device)
+        dist.all_reduce(moved)
+        return moved.to(x.device)
+
+    def gather(self, x: Any) -> list[Any]:
+        """Every rank's `x`, in rank order, on every rank."""
+        if self.world == 1:
+            return [x]
+        out: list[Any] = [None] * self.world
+        dist.all_gather_object(out, x)
+        return out
+
+    def broadcast(self, x: Any) -> Any:
+        """Rank 0's `x` on every rank."""
+        if self.world == 1:
+            return x
+        box = [x]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says True."""
+        return any(self.gather(flag))
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.world > 1:
+            dist.barrier()
+
+
+def start(device: torch.device) -> Comm:
+    """Join the process group that the launcher's environment describes; a lone process makes its own."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    import deepspeed
+
+    for name in ("DeepSpeed", "deepspeed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # Its shared-memory all-reduce for CPUs is compiled at first use, which takes half a minute and a C++ compiler; gloo needs neither.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if "RANK" not in os.environ:
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    if not dist.is_initialized():
+        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    return Comm(device)
+
+
+def free_port() -> int:
+    """A port nobody listens on now."""
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])

@@ -1,0 +1,159 @@
+"""The exact step: the gradient of a loss on *global* tensors, whatever the micro-batches and the number of processes.
+
+Two ways, equal by test. `two_pass`: infer all outputs, differentiate the global loss to them, then push those cotangents through one
+micro-batch at a time; right for any function of the outputs. `single_pass`: where every term is `@rowwise`, precomputed global weights
+make each micro-batch's share of the loss exact, and one forward is enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from rlhf_cli.inject import call, is_rowwise, needs
+from rlhf_cli.models.packing import packed_size
+from rlhf_cli.types import OUTPUTS, Experience, Term
+
+Outs = dict[str, Tensor]
+Forward = Callable[[Experience, Tensor], Outs]  # (experience, rows) -> outputs of these rows
+Backward = Callable[[Tensor, bool], None]  # (partial loss, is it the last micro-batch)
+Batches = Sequence[Tensor | None]  # row indices; None: nothing of this rank's, run for the others' sake
+
+
+def wanted(terms: Sequence[Term]) -> frozenset[str]:
+    """The learner outputs that the terms take."""
+    return frozenset().union(*(needs(t.objective) for t in terms)) & frozenset(OUTPUTS)
+
+
+def single_pass_is_exact(terms: Sequence[Term]) -> bool:
+    """Whether no term couples rows."""
+    return all(is_rowwise(t.objective) for t in terms)
+
+
+def weights_of(term: Term, exp: Experience) -> Tensor:
+    """Global weights of a term's unreduced values: [N, T] by its reduction, else a mean over pairs [M] or rows [N]."""
+    if term.reduce is not None:
+        return call(term.reduce, exp)
+    if "pairs" in needs(term.objective):
+        assert exp.pairs is not None, "the plan checked that pairs are produced"
+        m = max(len(exp.pairs), 1)
+        w = torch.ones(len(exp.pairs)) if exp.pair_weight is None else exp.pair_weight
+        return w / m
+    rows = exp.mask.any(-1)
+    return rows.float() / rows.sum().clamp(min=1)
+
+
+def term_losses(terms: Sequence[Term], exp: Experience, outs: Mapping[str, Tensor], weights: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Each term's value times its coefficient, on whatever rows `exp`, `outs` and `weights` hold."""
+    losses = {}
+    for term, w in zip(terms, weights, strict=True):
+        x = call(term.objective, exp, outs)
+        if x.shape != w.shape:
+            raise ValueError(f"term {term.name}: the objective gives {list(x.shape)}, its reduction {list(w.shape)}")
+        losses[term.name] = term.coef * (w.to(x.dtype) * x).sum()
+    return losses
+
+
+def complete(exp: Experience, outs: Outs) -> Outs:
+    """Outputs, with `old_logp` taken from the current pass when the update is on-policy and no earlier pass was made."""
+    if exp.old_logp is None and "logp" in outs:
+        return {**outs, "old_logp": outs["logp"].detach()}
+    return outs
+
+
+def single_pass(terms: Sequence[Term], exp: Experience, batches: Batches, forward: Forward, backward: Backward) -> Outs:
+    """One forward and backward per micro-batch. Returns this rank's outputs, detached, zero on other rows."""
+    weights = [weights_of(t, exp) for t in terms]
+    found: list[tuple[Tensor, Outs]] = []
+    for i, rows in enumerate(batches):
+        index = torch.zeros(1, dtype=torch.int64) if rows is None else rows
+        part, outs = exp.rows(index), forward(exp, index)
+        width = part.ids.shape[1]
+        losses = term_losses(terms, part, complete(part, {k: fit(v, width) for k, v in outs.items()}), [w[index] for w in weights])
+        loss = torch.stack(list(losses.values())).sum()
+        backward(loss if rows is not None else loss * 0, i == len(batches) - 1)
+        if rows is not None:
+            found.append((rows, outs))
+    return collect(found, exp)
+
+
+def two_pass(terms: Sequence[Term], exp: Experience, outs: Outs, batches: Batches, forward: Forward, backward: Backward) -> None:
+    """Cotangents of the global loss at the global `outs`, pushed through one micro-batch at a time."""
+    leaves = {k: v.detach().requires_grad_() for k, v in outs.items()}
+    weights = [weights_of(t, exp) for t in terms]
+    loss = torch.stack(list(term_losses(terms, exp, complete(exp, leaves), weights).values())).sum()
+    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    cotangent = {k: g for k, g in zip(leaves, grads, strict=True) if g is not None}
+    for i, rows in enumerate(batches):
+        index = torch.zeros(1, dtype=torch.int64) if rows is None else rows
+        part = forward(exp, index)
+        share = torch.stack([(fit(part[k], g.shape[1]) * g[index].to(part[k].device)).sum() if g.ndim == 2
+                             else (part[k] * g[index].to(part[k].device)).sum() for k, g in cotangent.items()]).sum()
+        backward(share if rows is not None else share * 0, i == len(batches) - 1)
+
+
+def infer(exp: Experience, batches: Batches, forward: Forward) -> Outs:
+    """Outputs of this rank's rows without gradient, zero on other rows."""
+    with torch.no_grad():
+        done = [(rows, forward(exp, torch.zeros(1, dtype=torch.int64) if rows is None else rows)) for rows in batches]
+    return collect([(rows, outs) for rows, outs in done if rows is not None], exp, names=done[0][1] if done else {})
+
+
+def collect(found: Sequence[tuple[Tensor, Outs]], exp: Experience, names: Mapping[str, Tensor] | None = None) -> Outs:
+    """Place micro-batch outputs into [N, T] or [N] columns on the CPU."""
+    like = names or (found[0][1] if found else {})
+    columns = {k: torch.zeros(exp.ids.shape if v.ndim == 2 else exp.ids.shape[:1], dtype=v.dtype) for k, v in like.items()}
+    for rows, outs in found:
+        for k, v in outs.items():
+            columns[k][rows] = fit(v.detach().cpu(), exp.ids.shape[1]) if v.ndim == 2 else v.detach().cpu()
+    return columns
+
+
+def fit(x: Tensor, width: int) -> Tensor:
+    """Pad [n, t] with zeros on the right to `width`; other shapes pass."""
+    if x.ndim != 2 or x.shape[1] == width:
+        return x
+    return torch.nn.functional.pad(x, (0, width - x.shape[1]))
+
+
+def micro_batches(exp: Experience, world: int, budget: int, packing: bool) -> list[list[Tensor | None]]:
+    """Per rank, its micro-batches: whole groups while they fit into `budget` tokens. Every rank gets the same number of micro-batches.
+
+    Computed identically on every rank from global tensors. Unequal counts would hang ZeRO-3, hence the None fillers.
+    """
+    groups = [(exp.group == g).nonzero().flatten() for g in torch.unique(exp.group).tolist()]
+    pieces = [piece for rows in groups for piece in _pieces(exp, rows, budget, packing)]
+    pieces.sort(key=lambda p: -p[0])
+    load = [0] * world
+    mine: list[list[tuple[int, Tensor]]] = [[] for _ in range(world)]
+    for cost, rows in pieces:
+        rank = load.index(min(load))
+        load[rank] += cost
+        mine[rank].append((cost, rows))
+    plans: list[list[Tensor | None]] = [_bins(own, budget) for own in mine]
+    most = max(1, max(len(p) for p in plans))
+    return [p + [None] * (most - len(p)) for p in plans]
+
+
+def _pieces(exp: Experience, rows: Tensor, budget: int, packing: bool) -> list[tuple[int, Tensor]]:
+    """A group, cut in halves until each part fits the budget or is one row."""
+    size = packed_size(exp.ids[rows], exp.attention[rows]) if packing else len(rows) * int(exp.attention[rows].sum(-1).max())
+    if size <= budget or len(rows) == 1:
+        return [(size, rows)]
+    half = len(rows) // 2
+    return _pieces(exp, rows[:half], budget, packing) + _pieces(exp, rows[half:], budget, packing)
+
+
+def _bins(pieces: Sequence[tuple[int, Tensor]], budget: int) -> list[Tensor | None]:
+    """First fit, largest first."""
+    bins: list[tuple[int, list[Tensor]]] = []
+    for cost, rows in pieces:
+        for i, (used, members) in enumerate(bins):
+            if used + cost <= budget:
+                bins[i] = (used + cost, [*members, rows])
+                break
+        else:
+            bins.append((cost, [rows]))
+    return [torch.cat(members) for _, members in bins]

@@ -1,0 +1,124 @@
+"""Gates: refuse silently wrong science. Each names the step, the number and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from rlhf_cli.config import GatesSection
+from rlhf_cli.errors import GateError
+from rlhf_cli.types import Experience
+
+Stats = Mapping[str, Sequence[Mapping[str, float]]]
+
+INVARIANCE = {"fp32": 2e-4, "bf16": 0.25}  # largest |log-prob change| of a token under re-batching; SmolLM2-135M shows 2e-5 and 0.1
+LOGP_GAP = {"fp32": 1e-3, "bf16": 0.05}  # mean |sampler - learner| log-prob
+
+
+def first_ratio(step: int, stats: Stats, tolerance: float) -> None:
+    """Before its first update a policy is its own old policy: ratio 1, KL 0 to itself."""
+    first = stats.get("policy", [{}])[0]
+    gap = abs(first.get("ratio_max", 1.0) - 1.0)
+    if gap > tolerance:
+        raise GateError(
+            f"step {step}: the importance ratio of the first update is off 1 by {gap:.2g} (allowed {tolerance:.2g}); "
+            "the old log-probs are not this policy's. Set model.packing=false, or turn dropout off"
+        )
+
+
+def first_kl(step: int, stats: Stats, tolerance: float) -> None:
+    """A fresh policy is its own reference: KL 0."""
+    kl = stats.get("policy", [{}])[0].get("kl", 0.0)
+    if kl > tolerance:
+        raise GateError(
+            f"step {step}: KL to the reference is {kl:.2g} nats a token before any update (allowed {tolerance:.2g}); "
+            "the reference is not the initial policy. Check model.reference, or set gates.enabled=false if another one is meant"
+        )
+
+
+def sampler_gap(step: int, stats: Stats, limit: float) -> None:
+    """Sampler and learner must agree on the log-prob of the very tokens that were sampled."""
+    gap = stats.get("policy", [{}])[0].get("sampler_gap", 0.0)
+    if gap > limit:
+        raise GateError(
+            f"step {step}: sampler and learner differ by {gap:.2g} nats a token on average (gates.logp_gap={limit:.2g}); "
+            "the policy that samples is not the one that learns. Set hardware.precision=fp32 to compare, or raise gates.logp_gap"
+        )
+
+
+class ConstantReward:
+    """Stops a run whose reward has not varied for many steps: nothing can be learned from it."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.streak = 0
+
+    def __call__(self, step: int, score: Tensor | None) -> None:
+        """Count one step."""
+        if score is None or len(score) == 0:
+            return
+        self.streak = self.streak + 1 if float(score.max() - score.min()) == 0.0 else 0
+        if self.streak >= self.steps:
+            raise GateError(
+                f"step {step}: every reward was {float(score[0]):g} for {self.streak} steps (gates.constant_steps={self.steps}); "
+                "try the reward on a file first: rlhf score"
+            )
+
+    def state_dict(self) -> dict[str, int]:
+        """The streak."""
+        return {"streak": self.streak}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on counting."""
+        self.streak = int(state["streak"])
+
+
+def end_of_turn(exp: Experience, eos: Sequence[int], stops: bool) -> None:
+    """A finished response ends with a trained end-of-turn token, or the policy could never learn to stop."""
+    if stops or exp.truncated is None:
+        return
+    finished = ~exp.truncated & exp.mask.any(-1)
+    last = (exp.mask * torch.arange(1, exp.mask.shape[1] + 1)).argmax(-1)
+    token = exp.ids.gather(1, last[:, None]).squeeze(1)
+    bad = finished & ~torch.isin(token, torch.tensor(list(eos)))
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise GateError(f"row {row}: a finished response ends with token {int(token[row])}, not an end-of-turn token {list(eos)}")
+
+
+def invariance(
+    packed: Callable[[Experience], Tensor], alone: Callable[[Experience], Tensor], exp: Experience, limit: float
+) -> float:
+    """Largest change of a log-prob (or score) when rows go through the model alone and unpacked; GateError above `limit`."""
+    gap = float((packed(exp) - alone(exp)).abs().max())
+    if not gap <= limit:
+        raise GateError(
+            f"log-probs change by {gap:.2g} nats when rows go through the model alone (gates.invariance={limit:.2g}); "
+            "this model's attention does not fit the packed layout: set model.packing=false"
+        )
+    return gap
+
+
+class Gates:
+    """All gates that look at a finished step."""
+
+    def __init__(self, cfg: GatesSection, *, precision: str, eos: Sequence[int], stops: bool, own_reference: bool, exact_sampler: bool) -> None:
+        self.cfg, self.eos, self.stops = cfg, eos, stops
+        self.own_reference = own_reference  # the reference is the initial policy
+        self.limit = (cfg.logp_gap or LOGP_GAP[precision]) if exact_sampler else float("inf")
+        self.tolerance = INVARIANCE[precision]
+        self.constant = ConstantReward(cfg.constant_steps)
+
+    def __call__(self, step: int, exp: Experience, stats: Stats) -> None:
+        """Check one step; a no-op when gates are off."""
+        if not self.cfg.enabled or not len(exp):
+            return
+        if step == 0:
+            first_ratio(step, stats, self.tolerance)
+            end_of_turn(exp, self.eos, self.stops)
+            if self.own_reference:
+                first_kl(step, stats, self.tolerance)
+        sampler_gap(step, stats, self.limit)
+        self.constant(step, exp.score)

@@ -1,0 +1,184 @@
+"""From a composed configuration to processes on this machine. Imports no torch: ranks do."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from rlhf_cli.config import load_config
+from rlhf_cli.errors import ConfigError
+from rlhf_cli.plan import describe, resolve_hardware, validate
+from rlhf_cli.record.rundir import RunDir, name_run
+
+FREE = ("run", "resume", "tracker", "launcher", "names", "input", "output", "checkpoint", "steps")  # may differ on resume
+MAY_CHANGE = ("hardware", "gates", "eval")  # may differ, said aloud
+
+
+def launch(cfg: Any) -> int:
+    """Freeze the configuration into the run directory and run it, in place or as several ranks."""
+    validate(cfg)
+    OmegaConf.update(cfg, "hardware", resolve_hardware(cfg), merge=True)
+    rundir = prepare(cfg)
+    return start(rundir, cfg.hardware.processes, cfg.hardware.threads)
+
+
+def resume(path: Path, overrides: list[str]) -> int:
+    """Go on with a run from its newest valid checkpoint; `overrides` change its configuration, said aloud."""
+    if not (path / "config.yaml").exists():
+        raise ConfigError(f"resume: {path} is no run directory (no config.yaml in it); rlhf resume runs/NAME")
+    cfg = load_config(path)
+    before = OmegaConf.to_container(cfg, resolve=True)
+    if overrides:
+        from rlhf_cli.compose import override
+
+        cfg = override(cfg, overrides)
+        validate(cfg)
+        OmegaConf.update(cfg, "hardware", resolve_hardware(cfg), merge=True)
+        for key, (old, new) in differences(before, OmegaConf.to_container(cfg, resolve=True)).items():
+            print(f"rlhf: resume changes {key}: {old} -> {new}", flush=True)
+    status = RunDir(path).status()
+    if status.get("status") == "finished" and cfg.steps <= int(status.get("step", -1)) + 1:
+        print(f"rlhf: {path} is finished ({cfg.steps} steps); for more, type rlhf resume {path} steps=N", flush=True)
+        return 0
+    cfg.resume = "auto"
+    rundir = RunDir(path)
+    rundir.save_config(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+    return start(rundir, cfg.hardware.processes, cfg.hardware.threads)
+
+
+def prepare(cfg: Any) -> RunDir:
+    """The run directory, new or one that may be continued; never another experiment's."""
+    named = bool(cfg.run.name)
+    if not named:
+        cfg.run.name = name_run(cfg.run.dir, cfg.names)
+    path = Path(cfg.run.dir) / cfg.run.name
+    rundir = RunDir(path)
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    if named and (path / "config.yaml").exists():
+        _refuse_other(path, plain, cfg.resume)
+    rundir.create()
+    rundir.save_config(plain)
+    (path / "plan.txt").write_text(describe(cfg) + "\n", encoding="utf-8")
+    return rundir
+
+
+def _refuse_other(path: Path, plain: Mapping[str, Any], resume_mode: str) -> None:
+    """An existing run is continued only by the same experiment, and only when that was not forbidden."""
+    if resume_mode == "never":
+        raise ConfigError(f"run {path} exists and resume=never; choose another run.name, or resume=auto to continue it")
+    old: Any = OmegaConf.to_container(OmegaConf.load(path / "config.yaml"), resolve=True)
+    found = differences(old, plain)
+    hard = [k for k in found if k.split(".")[0] not in (*FREE, *MAY_CHANGE)]
+    if hard:
+        was, now = found[hard[0]]
+        raise ConfigError(
+            f"run {path} exists with another configuration: {hard[0]} was {was}, now {now}; choose another run.name, "
+            f"or change it on purpose with rlhf resume {path} {hard[0]}={now}"
+        )
+    for key in (k for k in found if k.split(".")[0] in MAY_CHANGE):
+        print(f"rlhf: continuing {path} with {key}: {found[key][0]} -> {found[key][1]}", flush=True)
+
+
+def differences(a: Any, b: Any, key: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        found: dict[str, tuple[Any, Any]] = {}
+        for k in {**a, **b}:
+            found |= differences(a.get(k), b.get(k), f"{key}.{k}".lstrip("."))
+        return found
+    return {} if a == b else {key: (a, b)}
+
+
+def start(rundir: RunDir, processes: int, threads: int) -> int:
+    """Run the ranks: one in place, several under DeepSpeed's launcher."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ.setdefault("RLHF_ARGV", json.dumps(["rlhf", *sys.argv[1:]]))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if processes == 1:
+        from rlhf_cli.worker import main
+
+        return main(rundir.path)
+    return run_ranks(rundir, processes)
+
+
+def run_ranks(rundir: RunDir, processes: int) -> int:
+    """DeepSpeed's per-node launcher: starts the ranks with their environment, and stops all when one fails."""
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(processes))}).encode()).decode()
+    command = [
+        sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={world}", "--node_rank=0", "--master_addr=127.0.0.1",
+        f"--master_port={_free_port()}", "--no_local_rank", "--module", "rlhf_cli.worker", str(rundir.path),
+    ]  # fmt: skip
+    environment = {**os.environ, "DEEPSPEED_LOG_LEVEL": "error", "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu" if not _cuda(rundir) else "cuda")}
+    log = (rundir.logs / "launcher.log").open("a", encoding="utf-8")
+    ranks = subprocess.Popen(command, env=environment, stderr=log, start_new_session=True)
+    for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(s, lambda number, _: _forward(ranks, number))
+    code = ranks.wait()
+    log.close()
+    return _explain(rundir, code)
+
+
+def _forward(launcher: subprocess.Popen[bytes], number: int) -> None:
+    """Pass a signal to the ranks, which checkpoint and end; the launcher itself would kill them at once."""
+    for child in children(launcher.pid):
+        try:
+            os.kill(child, number)
+        except ProcessLookupError:
+            continue
+
+
+def children(pid: int) -> list[int]:
+    """Direct children of a process."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        found += [int(p) for p in task.read_text().split()]
+    return found
+
+
+def _explain(rundir: RunDir, code: int) -> int:
+    """Show the first failing rank's error."""
+    status = rundir.status()
+    if status.get("status") == "preempted":
+        return 75
+    if code == 0:
+        return 0
+    errors = sorted(rundir.logs.glob("rank-*.error"), key=lambda p: p.stat().st_mtime)
+    if errors:
+        last = errors[0].read_text(encoding="utf-8").strip().splitlines()[-1]
+        kind, _, text = last.partition(": ")
+        rank = errors[0].stem.removeprefix("rank-")
+        if kind.rpartition(".")[2] in ("ConfigError", "GateError"):
+            raise ConfigError(f"rank {rank}: {text}")
+        raise ConfigError(f"rank {rank} failed: {last}; the traceback is in {errors[0]}")
+    raise ConfigError(f"the ranks ended with status {code}; see {rundir.logs}/launcher.log and rank-*.log")
+
+
+def _cuda(rundir: RunDir) -> bool:
+    return OmegaConf.load(rundir.path / "config.yaml").hardware.device == "cuda"
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def run_verb(verb: str, cfg: Any) -> int:
+    """eval, generate, score: one process, in place."""
+    OmegaConf.update(cfg, "hardware", resolve_hardware(cfg), merge=True)
+    os.environ["OMP_NUM_THREADS"] = str(cfg.hardware.threads)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from rlhf_cli import verbs
+
+    runner: dict[str, Any] = {"eval": verbs.evaluate, "generate": verbs.generate, "score": verbs.score}
+    return runner[verb](cfg)

@@ -1,0 +1,33 @@
+"""Unreduced objectives: [N, T], [N] or [M] from learner outputs and columns."""
+
+from rlhf_cli.objectives.policy import (
+    entropy_bonus,
+    kl_k1,
+    kl_k2,
+    kl_k3,
+    ppo_clip,
+    reinforce,
+    sequence_ratio_clip,
+)
+from rlhf_cli.objectives.preference import dpo, hinge, ipo
+from rlhf_cli.objectives.reward_model import bradley_terry, bradley_terry_margin, centering
+from rlhf_cli.objectives.supervised import nll
+from rlhf_cli.objectives.value import clipped_value
+
+__all__ = [
+    "bradley_terry",
+    "bradley_terry_margin",
+    "centering",
+    "clipped_value",
+    "dpo",
+    "entropy_bonus",
+    "hinge",
+    "ipo",
+    "kl_k1",
+    "kl_k2",
+    "kl_k3",
+    "nll",
+    "ppo_clip",
+    "reinforce",
+    "sequence_ratio_clip",
+]

@@ -1,0 +1,140 @@
+"""Policy-gradient surrogates and the penalties that go with them, unreduced.
+
+Advantages and every log-probability but `logp` are constants. At logp = old_logp each surrogate has REINFORCE's
+gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rlhf_cli.inject import rowwise
+from rlhf_cli.kl import bounded_exp, estimate
+
+
+@rowwise
+def ppo_clip(
+    logp: Tensor, old_logp: Tensor, advantage: Tensor, *, eps_low: float, eps_high: float, dual_clip: float | None
+) -> Tensor:
+    """Clipped surrogate: -min(r A, clip(r, 1 - eps_low, 1 + eps_high) A) with r = exp(logp - old_logp), [N, T].
+
+    See Schulman et al., "Proximal Policy Optimization Algorithms", arXiv:1707.06347, eq. 7; eps_high > eps_low is the
+    clip-higher of Yu et al., arXiv:2503.14476. The dual clip bounds the loss of A < 0 by -dual_clip A: Ye et al.,
+    "Mastering Complex Control in MOBA Games with Deep Reinforcement Learning", arXiv:1912.09729.
+
+    Args:
+        logp: log-probabilities of the policy, [N, T] nats
+        old_logp: the same at the start of the step, [N, T] nats
+        advantage: [N, T], constant
+        eps_low: how far the ratio may fall below 1
+        eps_high: how far the ratio may rise above 1
+        dual_clip: largest ratio that counts where the advantage is negative (> 1); empty turns it off
+    """
+    ratio = bounded_exp(logp - old_logp)
+    gain = torch.minimum(ratio * advantage, ratio.clamp(1 - eps_low, 1 + eps_high) * advantage)
+    if dual_clip is not None:
+        gain = torch.where(advantage < 0, torch.maximum(gain, dual_clip * advantage), gain)
+    return -gain
+
+
+@rowwise
+def reinforce(logp: Tensor, advantage: Tensor) -> Tensor:
+    """Score-function surrogate: -A logp, [N, T].
+
+    See Williams, "Simple statistical gradient-following algorithms for connectionist reinforcement learning",
+    Machine Learning 8, 1992.
+
+    Args:
+        logp: log-probabilities of the policy, [N, T] nats
+        advantage: [N, T], constant
+    """
+    return -advantage * logp
+
+
+@rowwise
+def sequence_ratio_clip(
+    logp: Tensor,
+    old_logp: Tensor,
+    advantage: Tensor,
+    mask: Tensor,
+    *,
+    level: Literal["seq_sum", "seq_mean"],
+    eps_low: float,
+    eps_high: float,
+) -> Tensor:
+    """Clipped surrogate with one ratio per row: -min(s A, clip(s, 1 - eps_low, 1 + eps_high) A), [N].
+
+    seq_mean: s = exp(mean_t log r_t). See Zheng et al., "Group Sequence Policy Optimization", arXiv:2507.18071, eq. 5.
+    seq_sum: s = exp(sum_t log r_t), the ratio of whole responses. See Ahmadian et al., "Back to Basics: Revisiting
+    REINFORCE Style Optimization for Learning from Human Feedback in LLMs", arXiv:2402.14740 (RLOO).
+    A is the row's mean advantage, its one value under every group credit. A clipped row has no gradient at all.
+
+    Args:
+        logp: log-probabilities of the policy, [N, T] nats
+        old_logp: the same at the start of the step, [N, T] nats
+        advantage: [N, T], constant
+        mask: trained tokens, [N, T] bool
+        level: seq_sum (ratio of the responses) or seq_mean (its length-th root)
+        eps_low: how far the ratio may fall below 1
+        eps_high: how far the ratio may rise above 1
+    """
+    length = mask.sum(-1).clamp(min=1)
+    log_ratio = torch.where(mask, logp - old_logp, 0.0).sum(-1)  # [N]
+    ratio = bounded_exp(log_ratio / length if level == "seq_mean" else log_ratio)
+    gain = torch.where(mask, advantage, 0.0).sum(-1) / length  # [N]
+    return -torch.minimum(ratio * gain, ratio.clamp(1 - eps_low, 1 + eps_high) * gain)
+
+
+@rowwise
+def kl_k1(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """KL estimator k1 = d, d = logp - ref_logp, [N, T]. Its expected gradient is 0: a monitor, not a penalty.
+
+    See Schulman, "Approximating KL Divergence", 2020, joschu.net/blog/kl-approx.html.
+
+    Args:
+        logp: log-probabilities of the policy, [N, T] nats
+        ref_logp: the same under the reference, [N, T] nats
+    """
+    return estimate(logp - ref_logp, "k1")
+
+
+@rowwise
+def kl_k2(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """KL estimator k2 = d^2 / 2, d = logp - ref_logp, [N, T]. Its expected gradient is that of KL(pi || ref).
+
+    See Schulman, "Approximating KL Divergence", 2020, joschu.net/blog/kl-approx.html.
+
+    Args:
+        logp: log-probabilities of the policy, [N, T] nats
+        ref_logp: the same under the reference, [N, T] nats
+    """
+    return estimate(logp - ref_logp, "k2")
+
+
+@rowwise
+def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """KL estimator k3 = exp(-d) - 1 + d, d = logp - ref_logp, [N, T]. Its expected gradient is that of KL(ref || pi).
+
+    See Schulman, "Approximating KL Divergence", 2020, joschu.net/blog/kl-approx.html; Shao et al., "DeepSeekMath",
+    arXiv:2402.03300, eq. 4. d is clamped to +-20, beyond which the gradient is 0.
+
+    Args:
+        logp: log-probabilities of the policy, [N, T] nats
+        ref_logp: the same under the reference, [N, T] nats
+    """
+    return estimate(logp - ref_logp, "k3")
+
+
+@rowwise
+def entropy_bonus(entropy: Tensor) -> Tensor:
+    """Negative entropy of the next-token distribution, [N, T]: adding it to a loss rewards entropy.
+
+    See Williams and Peng, "Function optimization using connectionist reinforcement learning algorithms", 1991.
+
+    Args:
+        entropy: entropy of the policy at each token, [N, T] nats
+    """
+    return -entropy

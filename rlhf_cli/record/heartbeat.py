@@ -1,0 +1,111 @@
+"""A hang becomes an exit that names the rank, the phase and the line: nobody waits for a silent process."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from rlhf_cli.record.files import write_json_atomic
+from rlhf_cli.record.rundir import now
+
+EXIT = 75  # EX_TEMPFAIL: worth another try
+WRITE_EVERY = 10.0  # seconds between files while the phase stays; a change of phase is written within POLL
+POLL = 1.0
+
+
+class Heartbeat:
+    """Watches one rank from a daemon thread: silence longer than `timeout` dumps all Python stacks, then exits with 75.
+
+    The interpreter's own C-level timer, at twice the limit, ends a process whose interpreter lock is stuck (exit 1).
+
+    Args:
+        path: the run's folder; logs/heartbeat-rank-N.json and logs/rank-N.stacks go below it.
+        rank: this process.
+        timeout: seconds of silence allowed; 0 turns the watch off.
+        on_silence: called with the reason before the exit, for at most 5 s.
+    """
+
+    def __init__(self, path: Path, rank: int, timeout: float, on_silence: Callable[[str], None] | None = None) -> None:
+        self.enabled = timeout > 0
+        self.rank = rank
+        self.timeout = timeout
+        self.on_silence = on_silence
+        self.file = path / "logs" / f"heartbeat-rank-{rank}.json"
+        self.stacks = path / "logs" / f"rank-{rank}.stacks"
+        self._beat = (time.monotonic(), "start")
+        self._stop = threading.Event()
+        self._written = (0.0, "")
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> Heartbeat:
+        """Begin to watch."""
+        if self.enabled and self._thread is None:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self.beat("start")
+            self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
+            self._thread.start()
+        return self
+
+    def beat(self, phase: str | None = None) -> None:
+        """Say that this rank is alive, in `phase` (None: the one it was in). Costs under a microsecond."""
+        self._beat = (time.monotonic(), self._beat[1] if phase is None else phase)
+
+    def stop(self) -> None:
+        """End the watch."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(timeout=2 * POLL)
+            self._thread = None
+
+    def _watch(self) -> None:
+        interval = min(POLL, self.timeout / 4)
+        with self.stacks.open("w", encoding="utf-8") as stacks:
+            polled = time.monotonic()
+            while not self._stop.wait(interval):
+                faulthandler.dump_traceback_later(2 * self.timeout + 10, exit=True, file=stacks)
+                last = polled
+                polled = time.monotonic()
+                if polled - last > 5 + 5 * interval:  # the whole process was suspended: that is not silence
+                    self.beat()
+                beat, phase = self._beat
+                if polled - beat > self.timeout:
+                    self._give_up(polled - beat, phase, stacks)
+                self._write(polled, beat, phase)
+            faulthandler.cancel_dump_traceback_later()
+        if self.stacks.stat().st_size == 0:
+            self.stacks.unlink()
+
+    def _write(self, polled: float, beat: float, phase: str) -> None:
+        at, before = self._written
+        if phase == before and polled - at < WRITE_EVERY:
+            return
+        self._written = (polled, phase)
+        who = {"rank": self.rank, "pid": os.getpid(), "host": socket.gethostname()}
+        try:
+            write_json_atomic(self.file, who | {"phase": phase, "silent_s": round(polled - beat, 1), "time": now()})
+        except OSError:  # a full or absent disk must not stop the watch
+            return
+
+    def _give_up(self, silent: float, phase: str, stacks: object) -> None:
+        reason = f"rank {self.rank} silent for {silent:.0f} s in phase {phase}"
+        for out in (stacks, sys.__stderr__):
+            try:
+                print(
+                    f"{reason} (limit {self.timeout:g} s, hardware.timeout); stacks of all threads:",
+                    file=out,
+                    flush=True,
+                )
+                faulthandler.dump_traceback(file=out, all_threads=True)
+            except (OSError, ValueError, AttributeError):  # no file behind the stream; the exit matters more
+                continue
+        if self.on_silence is not None:
+            told = threading.Thread(target=self.on_silence, args=(reason,), daemon=True)
+            told.start()
+            told.join(timeout=5)
+        os._exit(EXIT)

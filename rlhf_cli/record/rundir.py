@@ -1,0 +1,181 @@
+"""A run is a directory: its layout, its one writer, its status, its frozen configuration and its name."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import socket
+import time
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from rlhf_cli.errors import ConfigError
+from rlhf_cli.record.files import write_json_atomic, write_text_atomic
+from rlhf_cli.record.redact import redact
+
+Status = Literal["running", "finished", "failed", "preempted"]
+NAMED = ("experiment", "algo", "reward", "model")  # groups whose choices make a run's name
+_OPEN: weakref.WeakSet[RunDir] = weakref.WeakSet()
+
+
+class RunDir:
+    """The files of one run under `path`. Nothing is created before `create()`."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._lock: TextIO | None = None
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    def create(self) -> RunDir:
+        """Make the folders; existing ones stay."""
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.logs.mkdir(exist_ok=True)
+        except OSError as e:
+            raise _cannot_write(self.path, e) from None
+        return self
+
+    def write_json(self, name: str, obj: Any) -> None:
+        """Write `name` inside the run, whole or not at all."""
+        write_json_atomic(self.path / name, obj)
+
+    def save_config(self, config: Mapping[str, Any]) -> None:
+        """Write config.yaml, without secrets. `config` is a plain container, resolved."""
+        import yaml
+
+        text = yaml.safe_dump(redact(config), sort_keys=False, allow_unicode=True, width=120)
+        write_text_atomic(self.path / "config.yaml", text)
+
+    def set_status(self, status: Status, *, phase: str = "", step: int = 0, reason: str = "") -> None:
+        """Write status.json: where the run is, and for an ended one why."""
+        where = {"status": status, "phase": phase, "step": step, "reason": reason}
+        self.write_json("status.json", where | {"time": now(), **_whoami()})
+
+    def status(self) -> dict[str, Any]:
+        """What status.json says; empty for a run that never started."""
+        path = self.path / "status.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def claim(self) -> str | None:
+        """Become the one writer until `release()` or the end of this process, however it ends.
+
+        Returns a note where the file system has no locks. Raises ConfigError naming the writer that is there already.
+        """
+        import fcntl
+
+        assert self._lock is None, "claimed twice"
+        try:
+            lock = (self.path / ".lock").open("a+", encoding="utf-8")
+        except OSError as e:
+            raise _cannot_write(self.path, e) from None
+        problem = _flock(lock, fcntl.LOCK_EX)
+        if problem == errno.EWOULDBLOCK:
+            holder = _holder(lock)
+            lock.close()
+            raise ConfigError(f"run {self.name} is being written by {holder}; stop it, or choose another run.name")
+        lock.truncate(0)
+        lock.write(json.dumps(_whoami() | {"time": now()}))
+        lock.flush()
+        self._lock = lock
+        _OPEN.add(self)
+        return f"run {self.name}: this file system has no locks; do not start it twice" if problem else None
+
+    def release(self) -> None:
+        """Let another process write this run."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def writer(self) -> str | None:
+        """Who writes this run now ("pid 7 on host a"), or None."""
+        import fcntl
+
+        path = self.path / ".lock"
+        if not path.exists():
+            return None
+        with path.open("r", encoding="utf-8") as lock:
+            return _holder(lock) if _flock(lock, fcntl.LOCK_SH) == errno.EWOULDBLOCK else None
+
+
+def name_run(parent: Path | str, names: Mapping[str, str], when: float | None = None) -> str:
+    """A unique name such as `grpo-bleu-smollm2_135m-20261123-143000`, reserved by creating its folder in `parent`."""
+    chosen = [_slug(names[g]) for g in NAMED if names.get(g)]
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(when))
+    base = "-".join([*[c for c in chosen if c], stamp])
+    for i in range(1, 10_000):
+        name = base if i == 1 else f"{base}-{i}"
+        try:
+            (Path(parent) / name).mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as e:
+            raise _cannot_write(parent, e) from None
+        return name
+    raise ConfigError(f"run.dir: {parent} holds 9999 runs named {base}; set run.name=NAME")
+
+
+def now() -> str:
+    """The local time with its offset, to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def _cannot_write(path: Path | str, e: OSError) -> ConfigError:
+    return ConfigError(f"run.dir: cannot write {path}: {e.strerror}; choose another folder with run.dir=DIR")
+
+
+def _slug(choice: str) -> str:
+    """`[bleu, length]` becomes `bleu+length`; what file systems dislike becomes `_`."""
+    text = re.sub(r"\s*,\s*", "+", choice.strip("[] "))
+    return re.sub(r"[^A-Za-z0-9+._]+", "_", text).strip("._")[:40]
+
+
+def _whoami() -> dict[str, Any]:
+    return {"pid": os.getpid(), "host": socket.gethostname()}
+
+
+def _flock(lock: TextIO, kind: int) -> int:
+    """Try to lock, for 0.3 s since `writer()` elsewhere may hold it for a moment. Returns 0 or the errno."""
+    import fcntl
+
+    for _ in range(4):
+        try:
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
+            return 0
+        except BlockingIOError:
+            time.sleep(0.1)
+        except OSError as e:
+            return e.errno
+    return errno.EWOULDBLOCK
+
+
+def _holder(lock: TextIO) -> str:
+    lock.seek(0)
+    try:
+        who = json.loads(lock.read())
+        return f"pid {who['pid']} on host {who['host']}"
+    except (ValueError, KeyError):
+        return "another process"
+
+
+def _forget_locks() -> None:
+    """A forked child must not keep its parent's run locked after the parent died."""
+    for run in list(_OPEN):
+        run.release()
+
+
+os.register_at_fork(after_in_child=_forget_locks)

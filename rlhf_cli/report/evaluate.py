@@ -1,0 +1,117 @@
+"""Held-out evaluation with the training reward's own code, and what can be claimed from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_cli.data.record import Record
+from rlhf_cli.engine.comm import Comm
+from rlhf_cli.rollout.sampler import Decoding, Sampler
+from rlhf_cli.sources.assemble import sample_of, texts_of
+from rlhf_cli.sources.sampled import draw, row_seed
+from rlhf_cli.stages import score_sharded
+from rlhf_cli.types import Experience, Scorer
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95 % bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether 0 lies outside."""
+        return self.low > 0 or self.high < 0
+
+
+def bootstrap(values: Sequence[float], resamples: int, seed: int = 0) -> Interval:
+    """Percentile bootstrap of the mean of `values` (B. Efron and R. Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13)."""
+    x = torch.tensor(values, dtype=torch.float64)
+    if not len(x):
+        return Interval(float("nan"), float("nan"), float("nan"))
+    g = torch.Generator().manual_seed(seed)
+    means = x[torch.randint(len(x), (resamples, len(x)), generator=g)].mean(-1)
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Interval(float(x.mean()), low, high)
+
+
+def paired(before: Sequence[Row], after: Sequence[Row], resamples: int) -> Interval:
+    """Interval of the mean difference of scores, prompt by prompt; rows without a score on either side are left out."""
+    first = {(r["uid"], r["sample"]): r["score"] for r in before}
+    pairs = [(first.get((r["uid"], r["sample"])), r["score"]) for r in after]
+    return bootstrap([b - a for a, b in pairs if a is not None and b is not None], resamples)
+
+
+def generate_and_score(
+    sampler: Sampler,
+    scorer: Scorer | None,
+    records: Sequence[Record],
+    encoded: Sequence[Sequence[int]],
+    comm: Comm,
+    decoding: Decoding,
+    *,
+    k: int,
+    seed: int,
+) -> list[Row]:
+    """`k` responses to every record and their scores: one row each, on every rank."""
+    seeds = [row_seed(seed, -1, p, j) for p in range(len(records)) for j in range(k)]
+    drawn = draw(sampler, encoded, k, seeds, comm, decoding)
+    texts = texts_of(sampler, drawn.ids)
+    owner = [(i, j) for i in range(len(records)) for j in range(k)]
+    samples = tuple(sample_of(records[i], t) for (i, _), t in zip(owner, texts, strict=True))
+    rows: list[Row] = [
+        {"uid": records[i].uid, "sample": j, "prompt": records[i].prompt, "response": t, "tokens": len(ids), "truncated": bool(cut)}
+        for (i, j), t, ids, cut in zip(owner, texts, drawn.ids, drawn.truncated, strict=True)
+    ]
+    if scorer is None:
+        return rows
+    group = torch.tensor([i for i, _ in owner])
+    scores = score_sharded(scorer, Experience(samples=samples, ids=torch.zeros(len(rows), 1, dtype=torch.int64), group=group), comm)
+    missing = scores.missing if scores.missing is not None else torch.zeros(len(rows), dtype=torch.bool)
+    for n, row in enumerate(rows):
+        row["score"] = None if missing[n] else float(scores.value[n])
+        row["components"] = {c: float(x[n]) for c, x in scores.components.items() if not torch.isnan(x[n])}
+    return rows
+
+
+def summarise(rows: Sequence[Row], resamples: int) -> dict[str, float]:
+    """Means over rows: score with its interval, each component, length, truncation."""
+    scored = [r["score"] for r in rows if r.get("score") is not None]
+    found = {
+        "tokens": sum(r["tokens"] for r in rows) / len(rows),
+        "truncated": sum(r["truncated"] for r in rows) / len(rows),
+    }
+    if scored:
+        ci = bootstrap(scored, resamples)
+        found |= {"reward": ci.mean, "reward_low": ci.low, "reward_high": ci.high, "missing": float(len(rows) - len(scored))}
+    names = sorted({c for r in rows for c in r.get("components", {})})
+    for c in names:
+        have = [r["components"][c] for r in rows if c in r.get("components", {})]
+        found[f"reward/{c}"] = sum(have) / len(have)
+    return found
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One JSON object a line, written aside and renamed."""
+    aside = path.with_suffix(".tmp")
+    aside.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+    aside.replace(path)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """What `write_rows` wrote."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

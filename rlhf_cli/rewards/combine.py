@@ -1,0 +1,72 @@
+"""Several rewards as one: the weighted sum, with every part kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from rlhf_cli.errors import GateError
+from rlhf_cli.types import Sample, Scorer, Scores
+
+
+class Combined:
+    """value = sum over scorers of weight * value, in [N].
+
+    A row is missing where any scorer with a weight other than 0 is missing; a scorer of weight 0 is only logged.
+    Missing values are NaN, so that nobody reads them by accident. Components hold each scorer's raw value under its
+    name and its own parts as `name/part`. `seconds` holds the time that each scorer took in the last call.
+    """
+
+    def __init__(self, scorers: Mapping[str, tuple[float, Scorer]]) -> None:
+        assert scorers, "there is nothing to combine"
+        self.scorers = dict(scorers)
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, samples: Sequence[Sample], group: Tensor) -> Scores:
+        value = torch.zeros(len(samples), dtype=torch.float32)
+        missing = torch.zeros(len(samples), dtype=torch.bool)
+        components: dict[str, Tensor] = {}
+        spans: list[tuple[int, int, int, float]] = []
+        self.seconds = {}
+        for name, (weight, scorer) in self.scorers.items():
+            start = time.perf_counter()
+            scores = scorer(samples, group)
+            self.seconds[name] = time.perf_counter() - start
+            raw = _checked(name, scores, samples)
+            components[name] = raw
+            components |= {
+                f"{name}/{part}": _column(f"{name}/{part}", x, samples) for part, x in scores.components.items()
+            }
+            if weight:
+                value += weight * raw
+                missing |= raw.isnan()
+                spans += [(row, a, b, weight * x) for row, a, b, x in scores.spans or ()]
+        return Scores(value, missing, components, spans or None)
+
+
+def _checked(name: str, scores: Scores, samples: Sequence[Sample]) -> Tensor:
+    """The scorer's values with NaN where missing; a wrong count or any other non-finite number is an error."""
+    value = _column(name, scores.value, samples)
+    missing = torch.zeros_like(value, dtype=torch.bool)
+    if scores.missing is not None:
+        missing = _column(name, scores.missing, samples, "missing marks").bool()
+    bad = (~value.isfinite() & ~missing).nonzero().flatten().tolist()
+    if bad:
+        raise GateError(
+            f"reward {name!r} returned {value[bad[0]].item()} for sample {samples[bad[0]].uid!r} "
+            f"({len(bad)} such rows of {len(samples)}); mark a response that cannot be scored as missing instead"
+        )
+    return value.masked_fill(missing, float("nan"))
+
+
+def _column(name: str, x: Tensor, samples: Sequence[Sample], what: str = "values") -> Tensor:
+    if x.ndim != 1:
+        raise GateError(
+            f"reward {name!r} returned {what} of shape {list(x.shape)} for {len(samples)} samples; it must be [N]"
+        )
+    if len(x) != len(samples):
+        raise GateError(f"reward {name!r} returned {len(x)} {what} for {len(samples)} samples")
+    return x.detach().to("cpu", torch.float32)

@@ -1,0 +1,124 @@
+"""The final number of a worked solution, compared by value."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Literal
+
+from torch import Tensor
+
+from rlhf_cli.errors import ConfigError
+from rlhf_cli.rewards.per_sample import by_references, column, references_of, scored
+from rlhf_cli.types import Sample, Scores
+
+Extract = Literal["any", "marked"]
+
+
+class MathAnswer:
+    """1 where the response's final number equals a reference's, else 0; a reference without a number is missing.
+
+    The final number is the one after the last `####`, else in the last `\\boxed{}`, else (extract=any) the last number
+    of the text; references are read with extract=any. Commas, currency and percent signs are dropped; 0.75, 3/4 and
+    \\frac{3}{4} are equal. Component `found`: 1 where the response has a final number. Any thread may call it.
+    See Cobbe et al., Training Verifiers to Solve Math Word Problems, arXiv:2110.14168.
+    """
+
+    needs_references = True
+
+    def __init__(self, *, extract: Literal["any", "marked"], tolerance: float) -> None:
+        """Args:
+        extract: any (fall back to the last number) or marked (only #### and \\boxed count: rewards the format too)
+        tolerance: largest |a - b| / max(1, |b|) that still counts as equal; 0 is exact
+        """
+        if not 0 <= tolerance < 1:
+            raise ConfigError(
+                f"reward.math_answer.tolerance: {tolerance} is not allowed; type a number in [0, 1), usually 0"
+            )
+        self.extract: Extract = extract
+        self.tolerance = Fraction(tolerance)
+
+    def __call__(self, samples: Sequence[Sample], group: Tensor) -> Scores:
+        scores = scored(by_references(samples, self._prepare))
+        found = [
+            float(final_number(s.response, self.extract) is not None) if references_of(s) else None for s in samples
+        ]
+        return Scores(scores.value, scores.missing, {"found": column(found)})
+
+    def _prepare(self, references: tuple[str, ...]) -> Callable[[str], float | None]:
+        golds = [g for r in references if (g := final_number(r, "any")) is not None]
+
+        def score(response: str) -> float | None:
+            if not golds:
+                return None
+            x = final_number(response, self.extract)
+            return float(x is not None and any(abs(x - g) <= self.tolerance * max(1, abs(g)) for g in golds))
+
+        return score
+
+
+_INTEGER = r"(?>[0-9]{1,3}(?:,[0-9]{3})++(?![0-9])|[0-9]++)"
+_DECIMAL = rf"(?>(?:{_INTEGER}(?:\.[0-9]++)?+|\.[0-9]++)(?:[eE][-+]?[0-9]{{1,3}}(?![0-9]))?+)"
+# A minus belongs to the number unless it follows an operand; a digit after a letter or ^ (H2O, cm^2) is not a number.
+_NUMBER = re.compile(
+    r"(?:(?<![0-9A-Za-z)\]}])(?P<minus>-))?(?:\\?[$€£](?P<minus2>-)?)?(?<![A-Za-z0-9^])(?<!\^\{)"
+    rf"(?>(?P<whole>{_INTEGER})\s++(?={_INTEGER}/))?(?P<top>{_DECIMAL})(?>\s?/\s?(?P<bottom>{_DECIMAL}))?"
+)
+# `#### 2. Add them` is a heading, not an answer.
+_MARKED = re.compile(rf"####\s*+(?>{_NUMBER.pattern})(?![.):]\s+\S)")
+_DIGITS = 100
+
+
+def final_number(text: str, extract: Extract) -> Fraction | None:
+    """The number that a solution ends in, or None."""
+    text = _plain(text)
+    marked = list(_MARKED.finditer(text))
+    if marked:
+        return _value(marked[-1])
+    box = last_boxed(text)
+    if box is not None:
+        # `x = 42 km` inside a box: the number that follows the last equals sign.
+        match = _NUMBER.search(box.rpartition("=")[2])
+        return _value(match) if match else None
+    numbers = list(_NUMBER.finditer(text)) if extract == "any" else []
+    return _value(numbers[-1]) if numbers else None
+
+
+def last_boxed(text: str) -> str | None:
+    """What the last `\\boxed{...}` holds, by matching braces; None where there is none or it is cut off."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    start += len("\\boxed{")
+    depth = 1
+    for i in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[i], 0)
+        if not depth:
+            return text[start:i]
+    return None
+
+
+def _plain(text: str) -> str:
+    """LaTeX fractions and separators as plain characters."""
+    for old, new in (("\u2212", "-"), ("\\!", ""), ("{,}", ","), ("\\,", ","), ("\\left", ""), ("\\right", "")):
+        text = text.replace(old, new)
+    text = re.sub(r"(?<=[0-9])\\[dt]?frac", r" \\frac", text)
+    text = re.sub(r"\\[dt]?frac\s?\{([^{}]{1,50})\}\s?\{([^{}]{1,50})\}", r"\1/\2", text)
+    return re.sub(r"\\[dt]?frac\s?([0-9])\s?([0-9])", r"\1/\2", text)
+
+
+def _value(match: re.Match[str]) -> Fraction | None:
+    """None for a division by zero, and for digits beyond any real answer, which would be slow to convert."""
+    whole, top, bottom = (match[k] for k in ("whole", "top", "bottom"))
+    if len(match[0]) > _DIGITS:
+        return None
+    under = _fraction(bottom) if bottom else Fraction(1)
+    if not under:
+        return None
+    x = (_fraction(whole) if whole else 0) + _fraction(top) / under
+    return -x if bool(match["minus"]) != bool(match["minus2"]) else x
+
+
+def _fraction(text: str) -> Fraction:
+    return Fraction(text.replace(",", ""))

@@ -1,0 +1,65 @@
+"""What a rollout may cost: the model's context, and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from rlhf_cli.errors import ConfigError
+
+ROWS = {"cuda": 256}  # rows decoded at a time where memory allows; elsewhere 64
+SHARE = {"cuda": 0.4}  # of the device's whole memory; elsewhere 0.2
+
+
+def check_context(config: Any, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
+    """Refuse rows that the model cannot hold, and models whose state is not one key and value per token."""
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    if other := kinds - {"full_attention", "sliding_attention"}:
+        raise ConfigError(
+            f"rollout.backend=builtin cannot decode {config.model_type} ({', '.join(sorted(other))} layers)"
+        )
+    if any(len(p) == 0 for p in prompts):
+        raise ConfigError("a prompt has no tokens; give it text, or dataset.chat=true")
+    limit = getattr(text, "max_position_embeddings", None) or 1 << 62
+    window = getattr(text, "sliding_window", None)
+    if window and ("sliding_attention" in kinds or not getattr(text, "layer_types", None)):
+        limit = min(limit, window)  # below it, sliding attention is full attention
+    longest = max(map(len, prompts), default=0)
+    if longest + max_tokens > limit:
+        raise ConfigError(
+            f"a prompt of {longest} tokens with rollout.max_tokens={max_tokens} exceeds the model's {limit}; "
+            "lower rollout.max_tokens or dataset.max_prompt_tokens"
+        )
+
+
+def rows_at_a_time(model: Any, device: torch.device, rows: int, longest: int) -> int:
+    """Slots of the cache: `rows`, or when that is 0 the device's usual number, halved until rows of `longest` tokens
+    fit.
+
+    Counts the memory that the machine has, not what is free just now: the same run must decode the same way every time.
+    """
+    if rows > 0:
+        return rows
+    rows = ROWS.get(device.type, 64)
+    while rows > 1 and rows * bytes_per_row(model, longest) > SHARE.get(device.type, 0.2) * _memory(device):
+        rows //= 2
+    return rows
+
+
+def bytes_per_row(model: Any, longest: int) -> int:
+    """Cache of one row of `longest` tokens, and its logits on the way to a token."""
+    c = model.config.get_text_config()
+    heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+    width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    return 2 * c.num_hidden_layers * heads * width * model.dtype.itemsize * longest + 4 * 4 * c.vocab_size
+
+
+def _memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    import psutil
+
+    return psutil.virtual_memory().total

@@ -1,0 +1,12 @@
+"""Shapers: an [N] result replaces the score, an [N, T] result is added to the token rewards."""
+
+from rlhf_cli.shaping.kl import sequence_kl, token_kl
+from rlhf_cli.shaping.score import clip, overlong, scale
+
+__all__ = [
+    "clip",
+    "overlong",
+    "scale",
+    "sequence_kl",
+    "token_kl",
+]

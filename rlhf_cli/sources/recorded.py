@@ -1,0 +1,74 @@
+"""Recorded experience: demonstrations, preference pairs, rankings, thumbs. Objectives cannot tell it from sampled rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from rlhf_cli.data.record import Record
+from rlhf_cli.sources.assemble import Order, rows, sample_of
+from rlhf_cli.types import Experience
+
+
+class Recorded:
+    """`prompts` records a step, each with all its responses.
+
+    Args:
+        records: training records with responses.
+        encoded: their prompts' token ids.
+        answers: token ids of every response of every record, end of turn included.
+        prompts: records per step.
+        seed: of the order.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        encoded: Sequence[Sequence[int]],
+        answers: Sequence[Sequence[Sequence[int]]],
+        *,
+        prompts: int,
+        seed: int,
+    ) -> None:
+        self.records, self.encoded, self.answers, self.prompts = records, encoded, answers, prompts
+        self._order = Order(len(records), seed)
+
+    def __next__(self) -> Experience:
+        return self.experience(self._order.take(self.prompts))
+
+    def experience(self, chosen: Sequence[int]) -> Experience:
+        """The rows of some records, with their pairs as edges over rows."""
+        owner = [(i, j) for i in chosen for j in range(len(self.answers[i]))]
+        counts = torch.tensor([len(self.answers[i]) for i in chosen])
+        first = counts.cumsum(0) - counts
+        samples = [sample_of(self.records[i], self.records[i].responses[j]) for i, j in owner]
+        group = torch.arange(len(chosen)).repeat_interleave(counts)
+        exp = rows([self.encoded[i] for i, _ in owner], [self.answers[i][j] for i, j in owner], samples, group)
+        return replace(exp, **self._labels(chosen, first.tolist(), len(owner)))
+
+    def _labels(self, chosen: Sequence[int], first: Sequence[int], n: int) -> dict[str, Any]:
+        edges = [(at + w, at + lo) for i, at in zip(chosen, first, strict=True) for w, lo in self.records[i].pairs]
+        margins = [m for i in chosen for m in self.records[i].margins]
+        labels = [x for i in chosen for x in (self.records[i].scores or (self.records[i].label,) * len(self.records[i].responses))]
+        columns: dict[str, Any] = {"version": torch.zeros(n, dtype=torch.int64)}
+        if edges:
+            columns["pairs"] = torch.tensor(edges)
+        if edges and len(margins) == len(edges):
+            columns["margin"] = torch.tensor(margins, dtype=torch.float32)
+        if all(x is not None for x in labels):
+            columns["label"] = torch.tensor(labels, dtype=torch.float32)
+        return columns
+
+    def publish(self, version: int) -> None:
+        """A recording does not change with the policy."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position in the order."""
+        return {"cursor": self._order.cursor}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a position."""
+        self._order.cursor = int(state["cursor"])

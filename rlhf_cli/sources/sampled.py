@@ -1,0 +1,109 @@
+"""On-policy experience: the policy answers prompts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from rlhf_cli.data.record import Record
+from rlhf_cli.engine.comm import Comm
+from rlhf_cli.rollout.sampler import Decoding, Sampler
+from rlhf_cli.sources.assemble import Order, align, rows, sample_of, texts_of
+from rlhf_cli.types import Experience
+
+
+def row_seed(*parts: int) -> int:
+    """A 63-bit seed from integers; rows with different parts are independent, whatever batch they are drawn in."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class Sampled:
+    """`samples` responses to each of `prompts` prompts a step, drawn by all ranks and gathered on each.
+
+    Args:
+        records: training prompts.
+        encoded: their token ids.
+        sampler: draws responses from the current policy.
+        publish: brings new policy weights to the sampler; called after every step.
+        comm: the ranks; whole groups are drawn by one rank.
+        prompts: prompts per step.
+        samples: responses per prompt.
+        seed: of the order and of every row.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        encoded: Sequence[Sequence[int]],
+        sampler: Sampler,
+        publish: Callable[[], None],
+        comm: Comm,
+        *,
+        prompts: int,
+        samples: int,
+        seed: int,
+    ) -> None:
+        self.records, self.encoded, self.sampler, self.comm = records, encoded, sampler, comm
+        self.prompts, self.samples, self.seed = prompts, samples, seed
+        self._publish = publish
+        self._order = Order(len(records), seed)
+        self.version = 0
+
+    def __next__(self) -> Experience:
+        chosen = self._order.take(self.prompts)
+        seeds = [row_seed(self.seed, self.version, p, k) for p in range(self.prompts) for k in range(self.samples)]
+        drawn = draw(self.sampler, [self.encoded[i] for i in chosen], self.samples, seeds, self.comm)
+        return self._experience(chosen, drawn)
+
+    def _experience(self, chosen: Sequence[int], drawn: Drawn) -> Experience:
+        owner = [i for i in chosen for _ in range(self.samples)]
+        texts = texts_of(self.sampler, drawn.ids)
+        group = torch.arange(len(chosen)).repeat_interleave(self.samples)
+        samples = [sample_of(self.records[i], t) for i, t in zip(owner, texts, strict=True)]
+        exp = rows([self.encoded[i] for i in owner], drawn.ids, samples, group)
+        columns: dict[str, Any] = {
+            "version": torch.full((len(owner),), self.version),
+            "truncated": torch.as_tensor(drawn.truncated),
+            "behavior_logp": align(drawn.logp, exp),
+        }
+        return Experience(**{**vars(exp), **columns})
+
+    def publish(self, version: int) -> None:
+        """The policy has new weights."""
+        self.version = version
+        self._publish()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position in the order."""
+        return {"cursor": self._order.cursor, "version": self.version}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a position."""
+        self._order.cursor, self.version = int(state["cursor"]), int(state["version"])
+
+
+class Drawn(NamedTuple):
+    """Responses of all ranks, in the order of the prompts."""
+
+    ids: list[list[int]]
+    logp: list[list[float]]
+    truncated: list[bool]
+
+
+def draw(
+    sampler: Sampler, prompts: Sequence[Sequence[int]], k: int, seeds: Sequence[int], comm: Comm, decoding: Decoding | None = None
+) -> Drawn:
+    """`k` responses to each prompt: ranks draw whole groups in turn, and every rank gets all of them in order."""
+    mine = range(comm.rank, len(prompts), comm.world)
+    own: list[tuple[list[int], list[float], bool]] = []
+    if len(mine):
+        drawn = sampler.sample([prompts[i] for i in mine], k, [seeds[i * k + j] for i in mine for j in range(k)], decoding)
+        logp = drawn.logp.tolist()
+        own = [(ids, logp[i][: len(ids)], bool(cut)) for i, (ids, cut) in enumerate(zip(drawn.ids, drawn.truncated.tolist(), strict=True))]
+    parts = comm.gather(own)
+    everyone = [parts[p % comm.world][(p // comm.world) * k + j] for p in range(len(prompts)) for j in range(k)]
+    return Drawn(*(list(column) for column in zip(*everyone, strict=True)))

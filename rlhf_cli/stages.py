@@ -1,0 +1,150 @@
+"""The stages between source and update, as functions from experience to experience."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from rlhf_cli.engine.comm import Comm
+from rlhf_cli.errors import GateError
+from rlhf_cli.inject import call
+from rlhf_cli.shaping.place import at_end
+from rlhf_cli.types import Experience, Scorer, Scores, Selection
+
+Stage = Callable[[Experience], Experience]
+
+
+class Inferable(Protocol):
+    """A learner or a frozen model."""
+
+    def infer(self, exp: Experience, want: frozenset[str]) -> dict[str, Tensor]: ...
+
+
+def keep(exp: Experience) -> Experience:
+    """A stage that does nothing."""
+    return exp
+
+
+def scoring(scorer: Scorer, comm: Comm, max_failures: float) -> Stage:
+    """Score whole groups, each on one rank, and drop the rows whose score is missing.
+
+    `max_failures`: largest fraction of missing scores tolerated in a step.
+    """
+
+    def score(exp: Experience) -> Experience:
+        scores = score_sharded(scorer, exp, comm)
+        missing = scores.missing if scores.missing is not None else torch.zeros(len(exp), dtype=torch.bool)
+        if missing.float().mean() > max_failures:
+            raise GateError(f"{int(missing.sum())} of {len(exp)} rewards failed; more than reward failures of {max_failures:.0%} stop the run")
+        exp = replace(exp, score=scores.value, components=dict(scores.components))
+        return exp.rows((~missing).nonzero().flatten()) if missing.any() else exp
+
+    return score
+
+
+def score_sharded(scorer: Scorer, exp: Experience, comm: Comm) -> Scores:
+    """Every rank scores its share of the groups; all get all scores."""
+    names = torch.unique(exp.group)
+    own = torch.isin(exp.group, names[comm.rank :: comm.world]).nonzero().flatten()
+    part = scorer([exp.samples[i] for i in own.tolist()], exp.group[own]) if len(own) else None
+    gathered = comm.gather((own, part))
+    value, missing = torch.zeros(len(exp)), torch.zeros(len(exp), dtype=torch.bool)
+    components: dict[str, Tensor] = {}
+    for rows, scores in gathered:
+        if scores is None:
+            continue
+        value[rows] = scores.value.float()
+        if scores.missing is not None:
+            missing[rows] = scores.missing
+        for name, x in scores.components.items():
+            components.setdefault(name, torch.full((len(exp),), float("nan")))[rows] = x.float()
+    return Scores(value, missing, components)
+
+
+def shuffled(score: Stage, seed: int) -> Stage:
+    """Deal every step's scores to other rows at random: a run that must not learn."""
+
+    def stage(exp: Experience) -> Experience:
+        exp = score(exp)
+        g = torch.Generator().manual_seed(seed * 1_000_003 + int(exp.version.max()))
+        return replace(exp, score=exp.score[torch.randperm(len(exp), generator=g)])
+
+    return stage
+
+
+def selecting(rule: Callable[..., Selection], count: Callable[[Mapping[str, float]], None]) -> Stage:
+    """Keep the rows, and add the edges, that the rule chooses; report what it counted."""
+
+    def select(exp: Experience) -> Experience:
+        chosen = call(rule, exp)
+        count({"rows_before": float(len(exp)), **chosen.stats})
+        if chosen.keep is not None:
+            exp = exp.rows(chosen.keep)
+        return exp if chosen.pairs is None else replace(exp, pairs=chosen.pairs)
+
+    return select
+
+
+def annotating(columns: Mapping[str, tuple[Inferable, str]]) -> Stage:
+    """Fill columns from models: name -> (model, its output)."""
+
+    def annotate(exp: Experience) -> Experience:
+        if not len(exp):
+            return exp
+        return replace(exp, **{name: model.infer(exp, frozenset({out}))[out] for name, (model, out) in columns.items()})
+
+    return annotate
+
+
+def shaping(shapers: Sequence[Callable[..., Tensor]]) -> Stage:
+    """A shaper that returns [N] replaces `score`; one that returns [N, T] is added to `reward`. The score lands on the last trained token."""
+
+    def shape(exp: Experience) -> Experience:
+        if exp.score is None or not len(exp):
+            return exp
+        dense = torch.zeros(exp.ids.shape)
+        for fn in shapers:
+            out = call(fn, exp)
+            if out.ndim == 1:
+                exp = replace(exp, score=out)
+            else:
+                dense = dense + out
+        return replace(exp, reward=dense + at_end(exp.score, exp.mask))
+
+    return shape
+
+
+def crediting(rule: Callable[..., Any], limit: float) -> Stage:
+    """Advantages from rewards; refuse magnitudes above `limit`."""
+
+    def credit(exp: Experience) -> Experience:
+        if not len(exp):
+            return exp
+        found = call(rule, exp)
+        largest = float(found.advantage.abs().max())
+        if not largest <= limit:
+            raise GateError(
+                f"an advantage of {largest:g} is beyond gates.advantage={limit:g}; the reward scale or the baseline is off. "
+                "Clip the reward (shaping=clip), or raise gates.advantage if this is meant"
+            )
+        return replace(exp, advantage=found.advantage, returns=found.returns)
+
+    return credit
+
+
+def minibatches(epochs: int, count: int, seed: int) -> Callable[[Experience, int], Any]:
+    """Whole groups in a fresh order every epoch; `count` minibatches an epoch."""
+
+    def split(exp: Experience, step: int) -> Any:
+        names = torch.unique(exp.group) if len(exp) else torch.zeros(0, dtype=torch.int64)
+        for epoch in range(epochs if len(names) else 0):
+            g = torch.Generator().manual_seed((seed * 7919 + step) * 101 + epoch)
+            order = torch.arange(len(names)) if count == 1 else torch.randperm(len(names), generator=g)
+            for part in order.tensor_split(min(count, len(names))):
+                yield torch.isin(exp.group, names[part]).nonzero().flatten()
+
+    return split

@@ -1,0 +1,186 @@
+"""`rlhf eval`, `rlhf generate` and `rlhf score`: one process each."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_cli import wiring
+from rlhf_cli.data.loading import load
+from rlhf_cli.data.record import Record
+from rlhf_cli.engine.comm import Comm
+from rlhf_cli.errors import ConfigError
+from rlhf_cli.models import loading
+from rlhf_cli.report import evaluate as held_out
+from rlhf_cli.report.evaluate import Row, bootstrap, paired, write_rows
+from rlhf_cli.rewards.report import render, report
+from rlhf_cli.rollout.sampler import Sampler
+from rlhf_cli.sources.assemble import sample_of
+from rlhf_cli.types import Sample
+
+
+def _device(cfg: Any) -> torch.device:
+    torch.set_num_threads(cfg.hardware.threads or 1)
+    return torch.device(cfg.hardware.device)
+
+
+def _sampler(cfg: Any, model_cfg: Any, device: torch.device) -> Sampler:
+    tokenizer = loading.load_tokenizer(model_cfg)
+    model = loading.load_causal(model_cfg, dtype=wiring.dtype_of(cfg), seed=cfg.seed).to(device)
+    return Sampler(model, tokenizer, wiring.decoding_of(cfg), device=device)
+
+
+# -- eval --------------------------------------------------------------------------------------------------------------
+
+
+def evaluate(cfg: Any) -> int:
+    """A model, or a run beside the model it started from, on held-out prompts: greedy, and sampled with eval.samples=K."""
+    device = _device(cfg)
+    records = load(cfg.dataset, "heldout")
+    records = records[: cfg.eval.prompts] if cfg.eval.prompts else records
+    scorer = wiring.make_scorer(cfg)
+    if scorer is None:
+        raise ConfigError("eval: no reward; type reward=bleu (rlhf list reward)")
+    wiring.require_references(scorer, records)
+    columns: dict[str, list[Row]] = {}
+    for name, model_cfg in _models(cfg).items():
+        sampler = _sampler(cfg, model_cfg, device)
+        encoded = wiring.encode(records, sampler.tokenizer, cfg)
+        for how, k, temperature in (("greedy", 1, 0.0), ("sampled", cfg.eval.samples, cfg.rollout.temperature)):
+            if k:
+                decoding = wiring.decoding_of(cfg, temperature=temperature)
+                columns[f"{name}, {how}"] = held_out.generate_and_score(sampler, scorer, records, encoded, Comm(device), decoding, k=k, seed=cfg.seed)
+        del sampler
+    _print_columns(columns, cfg)
+    if cfg.output:
+        write_rows(Path(cfg.output), [{"column": name, **r} for name, rows in columns.items() for r in rows])
+        print(f"\nresponses and scores are in {cfg.output}")
+    return 0
+
+
+def _models(cfg: Any) -> dict[str, Any]:
+    """The model asked for; for a run, also the model it started from."""
+    found = {"model": cfg.model}
+    run = Path(cfg.model.path) if cfg.model.path else None
+    if run is not None and (run / "config.yaml").exists():
+        from rlhf_cli.config import load_config
+
+        found = {"base": load_config(run).model, "run": cfg.model}
+    return found
+
+
+def _print_columns(columns: dict[str, list[Row]], cfg: Any) -> None:
+    print(f"\nheld-out {'+'.join(cfg.reward)} on {len({r['uid'] for r in next(iter(columns.values()))})} prompts, 95 % bootstrap intervals\n")
+    print(f"  {'':<18}{'mean':>8}  {'interval':<20}{'tokens':>7}{'truncated':>11}{'missing':>9}")
+    for name, rows in columns.items():
+        ci = bootstrap([r["score"] for r in rows if r["score"] is not None], cfg.eval.bootstrap)
+        s = held_out.summarise(rows, cfg.eval.bootstrap)
+        missing = sum(r["score"] is None for r in rows)
+        print(f"  {name:<18}{ci.mean:>8.4f}  {f'[{ci.low:.4f}, {ci.high:.4f}]':<20}{s['tokens']:>7.1f}{s['truncated']:>11.1%}{missing:>9}")
+        for part, value in s.items():
+            if part.startswith("reward/") and len(cfg.reward) > 1:
+                print(f"    {part.removeprefix('reward/'):<16}{value:>8.4f}")
+    for how in ("greedy", "sampled"):
+        if f"base, {how}" in columns and f"run, {how}" in columns:
+            gain = paired(columns[f"base, {how}"], columns[f"run, {how}"], cfg.eval.bootstrap)
+            print(f"\n  run - base, {how}: {gain}  paired by prompt; the interval {'excludes' if gain.excludes_zero else 'includes'} 0")
+
+
+# -- generate ----------------------------------------------------------------------------------------------------------
+
+
+def generate(cfg: Any) -> int:
+    """Responses to prompts: from `input` (JSON lines by dataset.columns, or plain lines of text), or from the held-out records."""
+    device = _device(cfg)
+    records = _prompts(cfg)
+    sampler = _sampler(cfg, cfg.model, device)
+    encoded = wiring.encode(records, sampler.tokenizer, cfg)
+    rows = held_out.generate_and_score(
+        sampler, None, records, encoded, Comm(device), sampler.decoding, k=max(1, cfg.eval.samples), seed=cfg.seed
+    )
+    if cfg.output:
+        write_rows(Path(cfg.output), rows)
+        print(f"{len(rows)} responses to {len(records)} prompts are in {cfg.output}")
+        return 0
+    for r in rows:
+        print(json.dumps(r, ensure_ascii=False) if not sys.stdout.isatty() else f"> {r['prompt']}\n{r['response']}\n", flush=True)
+    return 0
+
+
+def _prompts(cfg: Any) -> list[Record]:
+    if not cfg.input:
+        return load(cfg.dataset, "heldout")
+    path = Path(cfg.input)
+    if not path.is_file():
+        raise ConfigError(f"input={cfg.input}: no such file; give JSON lines with a prompt column, or a .txt with one prompt a line")
+    if path.suffix == ".txt":
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not lines:
+            raise ConfigError(f"input={cfg.input}: the file has no prompt")
+        return [
+            Record(messages=({"role": "user", "content": t},), prompt=t, uid=f"line-{n}", where=f"{path.name}:{n}")
+            for n, t in enumerate(lines, 1)
+        ]
+    return load(_of_input(cfg, "prompts"), "train")
+
+
+def _of_input(cfg: Any, shape: str) -> Any:
+    """The dataset section pointed at `input`, whole, without a held-out part."""
+    from omegaconf import OmegaConf
+
+    section = OmegaConf.create(OmegaConf.to_container(cfg.dataset, resolve=True))  # type: ignore[arg-type]
+    suffix = Path(cfg.input).suffix.lstrip(".")
+    if suffix not in ("jsonl", "json", "parquet"):
+        raise ConfigError(f"input={cfg.input}: unknown ending {suffix!r}; use .jsonl, .json or .parquet")
+    section.update({"format": suffix, "path": cfg.input, "heldout": cfg.input, "shape": shape if cfg.dataset.format == "packaged" else cfg.dataset.shape})
+    return section
+
+
+# -- score -------------------------------------------------------------------------------------------------------------
+
+
+def score(cfg: Any) -> int:
+    """Run the reward over recorded responses: values, latency, and what looks wrong, before anything is trained on it."""
+    scorer = wiring.make_scorer(cfg)
+    if scorer is None:
+        raise ConfigError("score: no reward; type reward=bleu (rlhf list reward)")
+    records = _responses(cfg)
+    wiring.require_references(scorer, records)
+    samples: list[Sample] = [sample_of(r, text) for r in records for text in r.responses]
+    counts = torch.tensor([len(r.responses) for r in records])
+    group = torch.arange(len(records)).repeat_interleave(counts)
+    first = (counts.cumsum(0) - counts).tolist()
+    edges = [(at + w, at + lo) for r, at in zip(records, first, strict=True) for w, lo in r.pairs]
+    pairs = torch.tensor(edges, dtype=torch.int64).reshape(-1, 2)
+    print(render(report(samples, group, scorer, pairs)))
+    if cfg.output:
+        _write_scores(cfg, scorer, samples, group)
+    return 0
+
+
+def _responses(cfg: Any) -> list[Record]:
+    """Recorded responses of `input`, or of the dataset; prompts with references score their own references."""
+    records = load(_of_input(cfg, "demonstrations"), "train") if cfg.input else load(cfg.dataset, "heldout")
+    if not any(r.responses for r in records):
+        raise ConfigError("score: there are no responses to score; type input=FILE with columns prompt, response and references, or pick a dataset of responses")
+    return records
+
+
+def _write_scores(cfg: Any, scorer: Any, samples: list[Sample], group: torch.Tensor) -> None:
+    scores = scorer(samples, group)
+    rows = [
+        {
+            "uid": s.uid,
+            "prompt": s.prompt,
+            "response": s.response,
+            "score": None if scores.missing is not None and scores.missing[i] else float(scores.value[i]),
+            "components": {k: float(v[i]) for k, v in scores.components.items() if not torch.isnan(v[i])},
+        }
+        for i, s in enumerate(samples)
+    ]
+    write_rows(Path(cfg.output), rows)
+    print(f"\nscores are in {cfg.output}")

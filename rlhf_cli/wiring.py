@@ -1,0 +1,327 @@
+"""`make_run`: the one place that sees both the configuration and the objects made from it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_cli import gates, stages
+from rlhf_cli.config import build
+from rlhf_cli.data.loading import load
+from rlhf_cli.data.record import Record, as_demonstrations, check_lengths, check_references
+from rlhf_cli.data.text import render, response_ids
+from rlhf_cli.engine.comm import Comm
+from rlhf_cli.engine.deepspeed import DeepSpeedEngine, Frozen, Setup
+from rlhf_cli.errors import GateError
+from rlhf_cli.models import loading, packing
+from rlhf_cli.models.heads import PolicyHead, ScalarHead, inner
+from rlhf_cli.models.lora import add_lora, reference_disabled
+from rlhf_cli.plan import Plan, learner_sections, validate
+from rlhf_cli.rewards.combine import Combined
+from rlhf_cli.rollout.sampler import Decoding, Sampler, eos_ids
+from rlhf_cli.sources.assemble import rows, sample_of
+from rlhf_cli.sources.recorded import Recorded
+from rlhf_cli.sources.sampled import Sampled
+from rlhf_cli.types import Experience, Run, Scorer, Term, Update
+
+
+@dataclass
+class Parts:
+    """What a run is made of, for the loop, for evaluation and for checkpoints."""
+
+    plan: Plan
+    tokenizer: Any
+    engines: dict[str, DeepSpeedEngine]
+    sampler: Sampler | None
+    eval_scorer: Scorer | None  # the training reward on held-out prompts; None where the records do not allow it
+    probe: Callable[[Run], Experience]  # a few rows for the gates at the start
+    heldout: list[Record]
+    encoded_heldout: list[list[int]]
+    recorded_heldout: Recorded | None
+    gates: gates.Gates
+    state: dict[str, Any]  # name -> object with state_dict
+
+
+def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
+    """Build everything a training run needs. Raises ConfigError for what only data and models can tell."""
+    plan = validate(cfg)
+    scorer = make_scorer(cfg) if plan.source == "sampled" else None
+    tokenizer = loading.load_tokenizer(cfg.model)
+    train, heldout = load_records(cfg, plan)
+    require_references(scorer, [*train, *heldout])
+    encoded = encode(train, tokenizer, cfg)
+    encoded_heldout = encode(heldout, tokenizer, cfg)
+
+    packing.register()
+    heads = {name: make_head(cfg, s, comm, plan) for name, s in learner_sections(cfg).items()}
+    reference = make_reference(cfg, heads, plan, comm)
+    sharded = cfg.hardware.zero == 3
+    sampled = plan.source == "sampled"
+    scorable = plan.learners.get("policy") == "policy" and can_score(cfg, heldout)
+    if "policy" in heads:
+        actor = copy.deepcopy(heads["policy"].model) if sharded else heads["policy"].model
+    else:
+        actor = loading.load_causal(cfg.model, dtype=dtype_of(cfg), seed=cfg.seed).to(comm.device).eval() if plan.source == "sampled" else None
+    engines = {n: DeepSpeedEngine(n, head, setup_of(cfg, s), comm) for (n, head), s in zip(heads.items(), learner_sections(cfg).values(), strict=True)}
+    sampler = Sampler(actor, tokenizer, decoding_of(cfg), device=comm.device) if actor is not None and (sampled or scorable) else None
+
+    publish = partial(refresh, actor, engines.get("policy")) if sharded and "policy" in engines else _nothing
+    if sampled:
+        assert sampler is not None
+        source: Any = Sampled(train, encoded, sampler, publish, comm, prompts=cfg.batch.prompts, samples=cfg.batch.samples, seed=cfg.seed)
+    else:
+        answers = encode_answers(train, tokenizer, cfg)
+        source = Recorded(train, encoded, answers, prompts=cfg.batch.prompts, seed=cfg.seed)
+    recorded_heldout = None
+    if plan.source == "recorded" and heldout:
+        recorded_heldout = Recorded(heldout, encoded_heldout, encode_answers(heldout, tokenizer, cfg), prompts=len(heldout), seed=0)
+
+    score = stages.scoring(scorer, comm, cfg.gates.failures) if scorer is not None else stages.keep
+    if cfg.debug.get("shuffled_reward") and scorer is not None:
+        score = stages.shuffled(score, cfg.seed)
+    checks = gates.Gates(
+        cfg.gates,
+        precision=cfg.hardware.precision,
+        eos=eos_ids(actor, tokenizer) if actor is not None else [],
+        stops=bool(cfg.rollout.stop),
+        own_reference=cfg.model.reference == "auto",
+        exact_sampler=cfg.rollout.top_p == 1.0 and cfg.rollout.top_k == 0 and cfg.rollout.min_tokens == 0 and cfg.rollout.temperature > 0,
+    )
+    allow = list(cfg.allow_targets)
+    run = Run(
+        source=source,
+        score=score,
+        select=stages.selecting(build(cfg.select, "select", allow=allow), record.count) if cfg.select and scorer is not None else stages.keep,
+        annotate=stages.annotating(annotations(plan, engines, reference)),
+        shape=stages.shaping([build(v, f"shaping.{k}", allow=allow) for k, v in (cfg.shaping or {}).items() if v]),
+        credit=stages.crediting(build(cfg.credit, "credit", allow=allow), cfg.gates.advantage) if cfg.credit else stages.keep,
+        engines=engines,
+        updates={name: make_update(cfg, name, s.starts_at) for name, s in learner_sections(cfg).items()},
+        minibatches=stages.minibatches(cfg.batch.epochs, cfg.batch.minibatches, cfg.seed),
+        lr=partial(learning_rate, cfg, {n: s.lr if s.lr is not None else cfg.optim.lr for n, s in learner_sections(cfg).items()}),
+        check=checks,
+        after=lambda step: False,
+        record=record,
+        start=0,
+        steps=cfg.steps,
+    )
+    state = {"source": source, "constant_reward": checks.constant}
+    eval_scorer = scorer if sampled else make_scorer(cfg) if scorable else None
+    probe = partial(probe_rows, encoded=encoded[:2], records=train[:2])
+    return run, Parts(plan, tokenizer, engines, sampler, eval_scorer, probe, heldout, encoded_heldout, recorded_heldout, checks, state)
+
+
+def probe_rows(run: Run, *, encoded: Sequence[Sequence[int]], records: Sequence[Record]) -> Experience:
+    """Two groups of two rows: real prompts, each with a short and a longer answer made of its own tokens."""
+    owner = [i for i in range(len(encoded)) for _ in range(2)]
+    answers = [list(encoded[i][-(5 + 4 * (n % 2)) :]) for n, i in enumerate(owner)]
+    return rows([encoded[i] for i in owner], answers, [sample_of(records[i], "") for i in owner], torch.tensor(owner))
+
+
+def can_score(cfg: Any, records: Sequence[Record]) -> bool:
+    """Whether the chosen reward can be computed on these records."""
+    scorer = make_scorer(cfg)
+    if scorer is None or not records:
+        return False
+    wants = any(getattr(s, "needs_references", False) for _, s in scorer.scorers.values())
+    return not wants or all(r.references for r in records)
+
+
+def _nothing() -> None:
+    pass
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+def load_records(cfg: Any, plan: Plan) -> tuple[list[Record], list[Record]]:
+    """Train and held-out records; as demonstrations when recorded responses are wanted and only references are there."""
+    train, heldout = load(cfg.dataset, "train"), load(cfg.dataset, "heldout")
+    heldout = heldout[: cfg.eval.prompts] if cfg.eval.prompts else heldout
+    if plan.source == "recorded" and not any(r.responses for r in train):
+        return as_demonstrations(train), as_demonstrations(heldout)
+    return train, heldout
+
+
+def require_references(scorer: Any, records: Sequence[Record]) -> None:
+    """Refuse records without reference before any scorer that compares with references runs."""
+    for name, (_, inner) in getattr(scorer, "scorers", {}).items():
+        if getattr(inner, "needs_references", False):
+            check_references(records, f"reward={name}")
+
+
+def encode(records: Sequence[Record], tokenizer: Any, cfg: Any) -> list[list[int]]:
+    """Prompt ids of every record; too long ones are refused by file and line."""
+    ids = [render(r.messages, tokenizer, cfg.dataset.chat) for r in records]
+    check_lengths(records, [len(x) for x in ids], cfg.dataset.max_prompt_tokens)
+    return ids
+
+
+def encode_answers(records: Sequence[Record], tokenizer: Any, cfg: Any) -> list[list[list[int]]]:
+    """Ids of every recorded response, end of turn included; too long ones are refused by file and line."""
+    ids = [[response_ids(text, tokenizer, cfg.dataset.chat) for text in r.responses] for r in records]
+    longest = [max((len(x) for x in several), default=0) for several in ids]
+    check_lengths(records, longest, cfg.dataset.max_response_tokens, key="dataset.max_response_tokens")
+    return ids
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+def dtype_of(cfg: Any) -> torch.dtype:
+    """Of the weights that compute."""
+    return torch.bfloat16 if cfg.hardware.precision == "bf16" else torch.float32
+
+
+def make_head(cfg: Any, section: Any, comm: Comm, plan: Plan) -> nn.Module:
+    """A trained model with its head, on this rank's device, dropout off."""
+    model_cfg = copy.deepcopy(cfg.model)
+    if section.path:
+        model_cfg.path, model_cfg.source = section.path, "auto"
+    load_model = loading.load_causal if section.head == "policy" else loading.load_scalar
+    model = load_model(model_cfg, dtype=dtype_of(cfg), seed=cfg.seed)
+    if cfg.model.lora.r:
+        model = add_lora(model, cfg.model.lora, cfg.seed)
+    prepare(model, checkpointing=cfg.model.checkpointing)
+    model.to(comm.device)
+    if section.head == "policy":
+        return PolicyHead(model, temperature=temperature_of(cfg, plan), packing=cfg.model.packing)
+    return ScalarHead(model, packing=cfg.model.packing)
+
+
+def prepare(model: nn.Module, *, checkpointing: bool) -> None:
+    """Packed attention, dropout off; activation checkpointing on request."""
+    hf: Any = inner(model)
+    if hf.config._attn_implementation != "eager":
+        hf.set_attn_implementation(packing.ATTENTION)
+    for m in model.modules():
+        if isinstance(m, nn.Dropout):
+            m.p = 0.0
+    if checkpointing:
+        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        hf.enable_input_require_grads()
+    model.train(checkpointing)
+
+
+def temperature_of(cfg: Any, plan: Plan) -> float:
+    """Log-probs are those of the distribution that sampled; recorded rows are scored at 1."""
+    return cfg.rollout.temperature if plan.source == "sampled" and cfg.rollout.temperature > 0 else 1.0
+
+
+def make_reference(cfg: Any, heads: Mapping[str, nn.Module], plan: Plan, comm: Comm) -> Frozen | None:
+    """The frozen policy behind `ref_logp`: the disabled adapter, a copy of the initial policy, or another model."""
+    if "ref_logp" not in plan.annotate:
+        return None
+    setup = setup_of(cfg, None)
+    if cfg.model.lora.r and "policy" in heads:
+        return Frozen(heads["policy"], setup, comm, around=lambda: reference_disabled(heads["policy"].model))
+    if cfg.model.reference == "auto" and "policy" in heads:
+        head = copy.deepcopy(heads["policy"])
+    else:
+        other = copy.deepcopy(cfg.model)
+        if cfg.model.reference != "auto":
+            other.path, other.source = cfg.model.reference, "auto"
+        model = loading.load_causal(other, dtype=dtype_of(cfg), seed=cfg.seed).to(comm.device)
+        prepare(model, checkpointing=False)
+        head = PolicyHead(model, temperature=temperature_of(cfg, plan), packing=cfg.model.packing)
+    return Frozen(head.eval().requires_grad_(False), setup, comm)
+
+
+def setup_of(cfg: Any, section: Any) -> Setup:
+    """Engine settings of one learner."""
+    lr = cfg.optim.lr if section is None or section.lr is None else section.lr
+    hw = cfg.hardware
+    return Setup(
+        zero=hw.zero, bf16=hw.precision == "bf16", offload=hw.offload, budget=hw.micro_batch_tokens, packing=cfg.model.packing, lr=lr,
+        betas=tuple(cfg.optim.betas), eps=cfg.optim.eps, weight_decay=cfg.optim.weight_decay, clip=cfg.optim.clip, extra=dict(hw.deepspeed),
+    )  # fmt: skip
+
+
+def refresh(actor: nn.Module, engine: DeepSpeedEngine | None) -> None:
+    """Copy the learner's weights into the model that samples, and make sure that they changed."""
+    assert engine is not None
+    own = {f"model.{k}": v for k, v in (*actor.named_parameters(), *actor.named_buffers())}
+    moved = torch.zeros((), dtype=torch.float64)
+    with torch.no_grad():
+        for name, value in engine.full_state():
+            moved += (own[name] - value.to(own[name].dtype)).abs().sum().double().cpu()
+            own[name].copy_(value)
+    if engine.moved and float(moved) == 0.0:
+        raise GateError("the weights that sample did not change after an update: the copy from the learner is broken")
+
+
+def annotations(plan: Plan, engines: Mapping[str, DeepSpeedEngine], reference: Frozen | None) -> dict[str, tuple[Any, str]]:
+    """Columns filled from models: name -> (model, its output)."""
+    critic = next((engines[n] for n, head in plan.learners.items() if head == "value"), None)
+    makers = {"old_logp": (engines.get("policy"), "logp"), "ref_logp": (reference, "logp"), "value": (critic, "value_new")}
+    return {c: makers[c] for c in plan.annotate}
+
+
+# -- rewards, updates --------------------------------------------------------------------------------------------------
+
+
+def make_scorer(cfg: Any) -> Combined | None:
+    """The weighted sum of the chosen rewards."""
+    allow = list(cfg.allow_targets)
+    chosen = {k: v for k, v in (cfg.reward or {}).items() if v}
+    built = {k: (float(v.get("weight", 1.0)), build(v, f"reward.{k}", allow=allow, reserved=("weight",))) for k, v in chosen.items()}
+    return Combined(built) if built else None
+
+
+def make_update(cfg: Any, learner: str, starts_at: int) -> Update:
+    """The terms of one learner."""
+    terms = []
+    for name, node in cfg.updates[learner].items():
+        if node is None:
+            continue
+        key = f"updates.{learner}.{name}"
+        reduce = build(node["reduce"], f"{key}.reduce", allow=cfg.allow_targets) if node.get("reduce") else None
+        objective = build(node["objective"], f"{key}.objective", allow=cfg.allow_targets)
+        terms.append(Term(name, objective, reduce, float(node.get("coef", 1.0))))
+    return Update(tuple(terms), starts_at)
+
+
+def learning_rate(cfg: Any, peaks: Mapping[str, float], name: str, step: int) -> float:
+    """Linear warm-up, then the schedule; a function of the step alone, so a resumed run needs no scheduler state."""
+    warm = min(1.0, (step + 1) / (cfg.optim.warmup + 1))
+    left = 1.0 - max(0, step - cfg.optim.warmup) / max(1, cfg.steps - cfg.optim.warmup)
+    shape: dict[str, Callable[[float], float]] = {
+        "constant": lambda x: 1.0,
+        "linear": lambda x: x,
+        "cosine": lambda x: 0.5 * (1 - math.cos(math.pi * x)),
+    }
+    return peaks[name] * warm * shape[cfg.optim.schedule](left)
+
+
+def decoding_of(cfg: Any, **changes: Any) -> Decoding:
+    """How training samples; `changes` for evaluation."""
+    r = cfg.rollout
+    settings = {
+        "max_tokens": r.max_tokens, "min_tokens": r.min_tokens, "temperature": r.temperature, "top_p": r.top_p, "top_k": r.top_k,
+        "stop": tuple(r.stop), "rows": r.rows,
+    }  # fmt: skip
+    return Decoding(**(settings | changes))
+
+
+def check_invariance(engine: DeepSpeedEngine, exp: Experience, want: str, limit: float, rows: int = 4) -> float:
+    """Compare a few rows as the engine runs them with the same rows alone and unpacked."""
+    index = torch.arange(min(rows, len(exp)))
+    some = exp.rows(index)
+    head: Any = engine.module
+
+    def alone(_: Experience) -> Tensor:
+        kept, head.packing = head.packing, False
+        try:
+            parts = [engine.infer(some.rows(torch.tensor([i])), frozenset({want}))[want] for i in range(len(some))]
+        finally:
+            head.packing = kept
+        return torch.cat(parts)
+
+    return gates.invariance(lambda e: engine.infer(e, frozenset({want}))[want], alone, some, limit)

@@ -1,0 +1,282 @@
+"""One rank of a run: from a frozen configuration to a finished, failed or preempted run directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlhf_cli.config import build, load_config
+from rlhf_cli.engine.comm import Comm, start
+from rlhf_cli.errors import ConfigError, GateError
+from rlhf_cli.loop import train
+from rlhf_cli.record import checkpoint
+from rlhf_cli.record.heartbeat import Heartbeat
+from rlhf_cli.record.progress import Progress
+from rlhf_cli.record.provenance import provenance
+from rlhf_cli.record.recorder import make_recorder
+from rlhf_cli.record.rundir import RunDir
+from rlhf_cli.report import evaluate, summary
+from rlhf_cli.types import Run
+from rlhf_cli.wiring import Parts, check_invariance, decoding_of, make_run
+
+PREEMPTED = 75  # exit status: stopped by a signal after a checkpoint; start it again to go on
+SAMPLES_PER_STEP = 8
+
+
+class Stop:
+    """Remembers that a signal asked this rank to stop at the next step boundary."""
+
+    def __init__(self) -> None:
+        self.signal = ""
+        for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(s, self._ask)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number).name
+
+
+class Session:
+    """A training run on this rank: builds it, resumes it, saves it, evaluates it."""
+
+    def __init__(self, path: Path, comm: Comm) -> None:
+        self.cfg = load_config(path)
+        self.rundir, self.comm, self.stop = RunDir(path), comm, Stop()
+        self.lead = comm.rank == 0
+        cfg = self.cfg
+        if self.lead:
+            self.rundir.claim()
+        trackers = {k: build(v, f"tracker.{k}", allow=cfg.allow_targets) for k, v in (cfg.tracker or {}).items() if v} if self.lead else {}
+        progress = Progress(path.name, cfg.steps) if self.lead else None
+        beat = Heartbeat(path, comm.rank, cfg.hardware.timeout)
+        self.record: Any = make_recorder(self.rundir, trackers, progress, beat, comm.rank, SAMPLES_PER_STEP)
+        self.run: Run
+        self.parts: Parts
+
+    def work(self) -> str:
+        """Build, resume, train, evaluate, export. Returns how it ended: finished or preempted."""
+        cfg = self.cfg
+        with self.record.phase("load"):
+            self.run, self.parts = make_run(cfg, self.comm, self.record)
+            at = self._resume()
+        self.run.start, self.run.after = at, self._after
+        if self.lead and at == 0:
+            self.rundir.write_json("provenance.json", self._provenance())
+        if cfg.gates.enabled and at == 0:
+            self._check_start()
+        if at == 0:
+            self._evaluate(0)
+        train(self.run)
+        if self.stop.signal and self._at < cfg.steps:
+            return "preempted"
+        self._export()
+        return "finished"
+
+    # -- between steps -------------------------------------------------------------------------------------------------
+
+    _at = 0
+
+    def _after(self, done: int) -> bool:
+        """After `done` steps: evaluate, checkpoint, and whether to stop."""
+        cfg = self.cfg
+        self._at = done
+        asked = self.comm.any(bool(self.stop.signal))
+        if asked and not self.stop.signal:
+            self.stop.signal = "another rank's signal"
+        last = done == cfg.steps
+        if last or (cfg.eval.every and done % cfg.eval.every == 0 and not asked):
+            self._evaluate(done)
+        if last or asked or (cfg.checkpoint.every and done % cfg.checkpoint.every == 0):
+            with self.record.phase("checkpoint"):
+                self._save(done)
+        return asked and not last
+
+    def _save(self, step: int) -> None:
+        aside = self.comm.broadcast(str(checkpoint.begin(self.rundir.checkpoints, step)) if self.lead else None)
+        engines = {name: engine.save(Path(aside)) for name, engine in self.parts.engines.items()}
+        rng = {"python": random.getstate(), "numpy": list(np.random.get_state()), "torch": torch.get_rng_state().tolist()}
+        rng["numpy"][1] = rng["numpy"][1].tolist()
+        (Path(aside) / f"rng-rank-{self.comm.rank}.json").write_text(json.dumps(rng))
+        if self.lead:
+            state = {
+                "step": step,
+                "world": self.comm.world,
+                "engines": engines,
+                "state": {name: x.state_dict() for name, x in self.parts.state.items()},
+                "record": self.record.state(),
+            }
+            (Path(aside) / "state.json").write_text(json.dumps(state))
+        self.comm.barrier()
+        if self.lead:
+            checkpoint.commit(Path(aside), step, self.cfg.checkpoint.keep)
+        self.comm.barrier()
+
+    def _resume(self) -> int:
+        """Load the newest valid checkpoint, and say which. Returns the step to go on from."""
+        found, notes = self.comm.broadcast(self._find() if self.lead else None)
+        for note in notes:
+            self.record.note(note)
+        if found is None:
+            self.record.start(self._plain_config(), None)
+            return 0
+        folder = Path(found)
+        state = json.loads((folder / "state.json").read_text())
+        for name, engine in self.parts.engines.items():
+            engine.load(folder, state["engines"][name])
+        for name, x in self.parts.state.items():
+            x.load_state_dict(state["state"][name])
+        self.run.source.publish(state["state"]["source"].get("version", state["step"]))
+        self._restore_rng(folder)
+        self.record.start(self._plain_config(), state["record"])
+        self.record.note(f"resumed from {folder.name}: {state['step']} of {self.cfg.steps} steps done")
+        if state["world"] != self.comm.world:
+            self.record.note(f"the checkpoint was written by {state['world']} process(es) and is continued by {self.comm.world}; states were re-sharded")
+        self._at = int(state["step"])
+        return self._at
+
+    def _find(self) -> tuple[str | None, list[str]]:
+        if self.cfg.resume not in ("auto", "never"):
+            problem = checkpoint.verify(Path(self.cfg.resume))
+            if problem:
+                raise ConfigError(f"resume={self.cfg.resume}: {problem}; type resume=auto for the newest valid checkpoint")
+            return self.cfg.resume, []
+        if self.cfg.resume == "never":
+            return None, []
+        path, notes = checkpoint.newest_valid(self.rundir.checkpoints)
+        return (str(path) if path else None), notes
+
+    def _restore_rng(self, folder: Path) -> None:
+        path = folder / f"rng-rank-{self.comm.rank}.json"
+        if not path.exists():
+            return
+        rng = json.loads(path.read_text())
+        version, words, gauss = rng["python"]
+        random.setstate((version, tuple(words), gauss))
+        np.random.set_state((rng["numpy"][0], np.array(rng["numpy"][1], dtype=np.uint32), *rng["numpy"][2:]))
+        torch.set_rng_state(torch.tensor(rng["torch"], dtype=torch.uint8))
+
+    # -- evaluation and the end ----------------------------------------------------------------------------------------
+
+    def _evaluate(self, step: int) -> None:
+        p, cfg = self.parts, self.cfg
+        with self.record.phase("evaluate"):
+            if p.sampler is not None and p.eval_scorer is not None and p.heldout:
+                rows = evaluate.generate_and_score(
+                    p.sampler, p.eval_scorer, p.heldout, p.encoded_heldout, self.comm, decoding_of(cfg, temperature=0.0), k=1, seed=cfg.seed
+                )
+                if self.lead:
+                    evaluate.write_rows(self.rundir.path / f"heldout-{step:06d}.jsonl", rows)
+                self.record.evaluation(step, evaluate.summarise(rows, cfg.eval.bootstrap))
+            if p.recorded_heldout is not None:
+                exp = self.run.annotate(p.recorded_heldout.experience(range(len(p.heldout))))
+                for name, update in self.run.updates.items():
+                    row = p.engines[name].evaluate(exp, update)
+                    self.record.evaluation(step, {f"{name}/{k}": v for k, v in row.items()})
+
+    def _check_start(self) -> None:
+        """The gate that compares packed and plain forwards, on real rows."""
+        cfg, (name, head) = self.cfg, next(iter(self.parts.plan.learners.items()))
+        want = {"policy": "logp", "value": "value_new", "score": "score_new"}[head]
+        exp = self.parts.probe(self.run)
+        limit = cfg.gates.invariance or self.parts.gates.tolerance
+        try:
+            gap = check_invariance(self.parts.engines[name], exp, want, limit)
+        except GateError as e:
+            if not cfg.model.packing:
+                raise
+            self.record.note(f"packing is turned off: {e}")
+            for engine in self.parts.engines.values():
+                engine.module.packing = False
+            gap = check_invariance(self.parts.engines[name], exp, want, limit)
+        self.record.note(f"gate: {want} of rows in a batch and of the same rows alone differ by at most {gap:.1e} (allowed {limit:.1e})")
+
+    def _export(self) -> None:
+        from rlhf_cli.models.export import export
+
+        if not self.cfg.checkpoint.export:
+            return
+        names = list(self.parts.engines)
+        engine = self.parts.engines["policy" if "policy" in names else names[0]]
+        state = {k.removeprefix("model."): v.clone() for k, v in engine.full_state()} if engine.stage == 3 else None
+        if self.lead:
+            model: Any = engine.module.model
+            dtype = torch.bfloat16 if self.cfg.hardware.precision == "bf16" else torch.float32
+            export(model, self.parts.tokenizer, self.rundir.path / "export", self.cfg.model.lora.merge_export, dtype=dtype, state=state)
+        self.comm.barrier()
+
+    def _plain_config(self) -> dict[str, Any]:
+        from omegaconf import OmegaConf
+
+        return OmegaConf.to_container(self.cfg, resolve=True)  # type: ignore[return-value]
+
+    def _provenance(self) -> dict[str, Any]:
+        from rlhf_cli.data.loading import fingerprint
+        from rlhf_cli.models import loading
+
+        cfg = self.cfg
+        argv = json.loads(os.environ.get("RLHF_ARGV", "null"))
+        return provenance(seeds={"seed": cfg.seed}, data=fingerprint(cfg.dataset), model=loading.fingerprint(cfg.model), argv=argv)
+
+
+def main(path: Path) -> int:
+    """Run one rank to its end; returns the exit status."""
+    cfg = load_config(path)
+    torch.set_num_threads(cfg.hardware.threads or 1)
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        redirect(path / "logs" / f"rank-{rank}.log")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cfg.hardware.device == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.manual_seed(cfg.seed)
+    session = Session(path, start(device))
+    try:
+        ended = session.work()
+    except BaseException as e:
+        _failed(session, e, rank)
+        raise
+    session.record.finish(ended, session.stop.signal)
+    if rank == 0 and ended == "finished":
+        print(summary.text(path), flush=True)
+    if rank == 0 and ended == "preempted":
+        print(f"stopped by {session.stop.signal} after {session._at} steps; go on with: rlhf resume {path}", flush=True)
+    return PREEMPTED if ended == "preempted" else 0
+
+
+def _failed(session: Session, e: BaseException, rank: int) -> None:
+    """Write down why, before the error leaves."""
+    reason = f"{type(e).__name__}: {e}"
+    (session.rundir.logs / f"rank-{rank}.error").write_text("".join(traceback.format_exception(e)), encoding="utf-8")
+    session.record.finish("failed", reason if not isinstance(e, KeyboardInterrupt) else "interrupted twice")
+
+
+def redirect(path: Path) -> None:
+    """Send this process's output to a file, append, unbuffered by line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    f = path.open("a", encoding="utf-8", buffering=1)
+    os.dup2(f.fileno(), 1)
+    os.dup2(f.fileno(), 2)
+    sys.stdout = sys.stderr = f
+
+
+def entry() -> int:
+    """`python -m rlhf_cli.worker RUN`: what the launcher starts once per rank."""
+    try:
+        return main(Path(sys.argv[1]))
+    except (ConfigError, GateError) as e:
+        print(f"rlhf: error: {' '.join(str(e).split())}", file=sys.stderr, flush=True)
+        return 3 if isinstance(e, GateError) else 2
+
+
+if __name__ == "__main__":
+    sys.exit(entry())

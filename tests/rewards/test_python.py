@@ -1,0 +1,124 @@
+"""A user's function: what it gets, what it may return, and what each mistake says."""
+
+import math
+
+import pytest
+import torch
+
+from rlhf_cli.errors import ConfigError, GateError
+from rlhf_cli.rewards.python import Python
+from rlhf_cli.types import Sample
+
+SAMPLES = [Sample("p1", "aa", ("r",), {"k": 1}, "u1"), Sample("p2", "b", (), {}, "u2")]
+GROUP = torch.tensor([0, 1])
+
+
+def scorer(tmp_path, body, name="score"):
+    file = tmp_path / "my_rewards.py"
+    file.write_text(body)
+    return Python(path=f"{file}:{name}")
+
+
+def test_gets_the_columns_that_it_names(tmp_path):
+    body = (
+        "def score(responses, prompts, references, meta, samples, scale=2):\n"
+        "    assert prompts == ['p1', 'p2'] and references == [['r'], []] and meta == [{'k': 1}, {}]\n"
+        "    assert samples[0].uid == 'u1'\n"
+        "    return [scale * len(r) for r in responses]\n"
+    )
+    got = scorer(tmp_path, body)(SAMPLES, GROUP)
+    assert got.value.tolist() == [4, 2] and got.value.dtype == torch.float32 and not got.missing.any()
+
+
+@pytest.mark.parametrize(
+    "returns", ["torch.tensor([1, 2])", "np.array([1, 2], dtype='float32')", "(x for x in (True, 2))"]
+)
+def test_accepts_number_like_lists(tmp_path, returns):
+    body = f"import torch\nimport numpy as np\ndef score(responses):\n    return {returns}\n"
+    assert scorer(tmp_path, body)(SAMPLES, GROUP).value.tolist() == [1, 2]
+
+
+def test_none_is_missing(tmp_path):
+    got = scorer(tmp_path, "def score(responses):\n    return [None, 0.5]\n")(SAMPLES, GROUP)
+    assert got.missing.tolist() == [True, False]
+    assert math.isnan(got.value[0]) and got.value[1] == 0.5
+
+
+def test_components(tmp_path):
+    got = scorer(tmp_path, "def score(responses):\n    return {'reward': [1, 2], 'style': [None, 3]}\n")(SAMPLES, GROUP)
+    assert got.value.tolist() == [1, 2]
+    assert list(got.components) == ["style"] and got.components["style"].tolist()[1] == 3
+    assert not got.missing.any()
+
+
+def test_by_module_and_with_a_neighbour(tmp_path, monkeypatch):
+    (tmp_path / "neighbour_of_rewards.py").write_text("VALUE = 7\n")
+    body = "from neighbour_of_rewards import VALUE\ndef score(responses):\n    return [VALUE] * len(responses)\n"
+    assert scorer(tmp_path, body)(SAMPLES, GROUP).value.tolist() == [7, 7]
+    monkeypatch.syspath_prepend(tmp_path)
+    assert Python(path="my_rewards:score")(SAMPLES, GROUP).value.tolist() == [7, 7]
+
+
+@pytest.mark.parametrize(
+    "returns, message",
+    [
+        ("[1.0]", r"my_rewards\.py:score' returned 1 values for 2 samples"),
+        ("[1, float('nan')]", r"score' returned nan for sample 'u2'; return None for a response that cannot be scored"),
+        ("[float('inf'), 1]", r"score' returned inf for sample 'u1'"),
+        ("['1', 2]", r"score' returned '1' \(str\) for sample 'u1'; a value must be a number or None"),
+        ("0.5", r"score' returned 0\.5 \(float\); it must return a list with one number per response"),
+        ("None", r"score' returned None \(NoneType\); it must return a list"),
+        ("'ab'", r"score' returned 'ab' \(str\); it must return a list"),
+        ("{'style': [1, 2]}", r"returned a dict with the keys \['style'\]; one must be 'value'"),
+        ("{'value': [1, 2], 'x': [1]}", r"score' \(x\) returned 1 values for 2 samples"),
+    ],
+)
+def test_wrong_returns_stop_and_say_what_came_back(tmp_path, returns, message):
+    with pytest.raises(GateError, match=message) as e:
+        scorer(tmp_path, f"def score(responses):\n    return {returns}\n")(SAMPLES, GROUP)
+    assert "\n" not in str(e.value)
+
+
+def test_an_exception_names_the_users_line(tmp_path):
+    body = "import json\n\ndef score(responses):\n    return [json.loads(r) for r in responses]\n"
+    with pytest.raises(GateError, match=r"my_rewards\.py:4: JSONDecodeError: Expecting value.*all 2 samples") as e:
+        scorer(tmp_path, body)(SAMPLES, GROUP)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        ("def other(responses):\n    return []\n", r"defines no 'score'; it defines other"),
+        ("score = 3\n", r"is not a plain function"),
+        ("async def score(responses):\n    return []\n", r"is not a plain function"),
+        (
+            "def score(completions):\n    return []\n",
+            r"asks for completions; name its parameters from prompts, responses",
+        ),
+        ("def score():\n    return []\n", r"takes none of the columns; name its parameters from prompts"),
+        ("def score(responses:\n", r"cannot be imported: .*my_rewards\.py:1: SyntaxError"),
+        ("x = 1\ny = 1 / 0\n", r"cannot be imported: .*my_rewards\.py:2: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_bad_file_is_refused_before_training(tmp_path, body, message):
+    with pytest.raises(ConfigError, match=message) as e:
+        scorer(tmp_path, body)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "path, message",
+    [
+        ("", r"reward\.python\.path is empty; type reward\.python\.path=FILE\.py:FUNCTION"),
+        ("my_rewards.py", r"'my_rewards\.py' names no function; type reward\.python\.path=FILE\.py:FUNCTION"),
+        ("absent.py:score", r"no file 'absent\.py' in "),
+        (
+            "no_such_module_here:score",
+            r"cannot be imported: ModuleNotFoundError: No module named 'no_such_module_here'",
+        ),
+    ],
+)
+def test_a_bad_path_is_refused(path, message):
+    with pytest.raises(ConfigError, match=message):
+        Python(path=path)
