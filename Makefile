@@ -6,7 +6,7 @@ STAMP := $(VENV)/installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet
 JOBS ?= 2
 ARGS ?=
-TEXT := README.md CONTRIBUTING.md SECURITY.md CHANGELOG.md docs rlhf_cli conf tests scripts benchmarks Makefile pyproject.toml
+TEXT := README.md CONTRIBUTING.md SECURITY.md CHANGELOG.md docs rlhf_cli conf scripts benchmarks Makefile pyproject.toml
 # One thread per test process: the processes share the cores.
 TEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(JOBS)
 
@@ -40,7 +40,7 @@ test-fast: $(STAMP)  ## run the tests that take less than a few seconds each
 lint: $(STAMP)  ## check style, spelling and YAML
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/codespell --skip '*.jsonl,*.pyc,__pycache__' $(wildcard $(TEXT))
+	$(BIN)/codespell $(wildcard $(TEXT))
 	$(BIN)/yamllint --strict conf .pre-commit-config.yaml .yamllint.yaml
 
 type: $(STAMP)  ## check types

@@ -141,6 +141,13 @@ def test_options_are_short_and_say_what_they_are(path: Path) -> None:
     assert about.startswith("# ") and len(about) > 3, "the first comment line says what the option is"
 
 
+@pytest.mark.parametrize("verb", ["train", "eval", "generate", "score"])
+def test_primary_configs_let_options_win(verb: str) -> None:
+    lines = [x.strip() for x in (CONF / f"{verb}.yaml").read_text(encoding="utf-8").splitlines()]
+    # With _self_ last, keys of the primary config would silently beat every option.
+    assert lines[1:4] == ["defaults:", "- run_schema", "- _self_"]
+
+
 def test_every_key_has_a_comment() -> None:
     from rlhf_cli.catalog import GROUPS, fields
 

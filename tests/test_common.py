@@ -20,7 +20,6 @@ from torch.nn.functional import softplus
 import rlhf_cli.objectives as objectives
 from rlhf_cli.inject import is_rowwise, needs, rowwise
 from rlhf_cli.reduce import sequence_mean
-from rlhf_cli.signature import signature
 from rlhf_cli.types import COLUMNS, OUTPUTS
 
 SHAPES = COLUMNS | OUTPUTS
@@ -256,46 +255,7 @@ def test_objective(check: Callable[[Objective], None], fn: Objective) -> None:
     check(fn)
 
 
-@each_objective
-def test_docs_name_every_parameter(fn: Objective) -> None:
-    inner = fn.func  # type: ignore[attr-defined]
-    doc = inspect.getdoc(inner) or ""
-    assert "[N, T]" in doc or "[N]" in doc or "[M]" in doc, "say the shape"
-    assert "See " in doc, "cite the source"
-    for name in inspect.signature(inner).parameters:
-        assert f"\n    {name}: " in doc, f"Args: {name} is not described"
-    settings = signature(f"{inner.__module__}.{inner.__name__}")
-    assert settings.rowwise == is_rowwise(fn) and all(p.doc for p in settings.params.values())
-
-
 # -- the checks themselves ---------------------------------------------------------------------------------------------
-
-
-@rowwise
-def lying(logp: Tensor) -> Tensor:
-    return -logp * logp.detach().mean(0)
-
-
-def unmarked(logp: Tensor) -> Tensor:
-    return -logp
-
-
-def reduced(logp: Tensor) -> Tensor:
-    return -logp.mean()
-
-
-@rowwise
-def overflowing(logp: Tensor, old_logp: Tensor) -> Tensor:
-    return -(2 * (logp - old_logp)).exp()
-
-
-def leaky(logp: Tensor, pairs: Tensor) -> Tensor:
-    return -logp.sum(-1)[pairs[:, 0]]
-
-
-@rowwise
-def ordered(logp: Tensor) -> Tensor:
-    return -logp * torch.arange(len(logp))[:, None]
 
 
 def defaulted(logp: Tensor, *, beta: float = 0.1) -> Tensor:
@@ -306,21 +266,33 @@ def foreign(logp: Tensor, logits: Tensor) -> Tensor:
     return logp - logits
 
 
+BAD: dict[str, Objective] = {
+    "lying": rowwise(lambda logp: -logp * logp.detach().mean(0)),
+    "unmarked": lambda logp: -logp,
+    "reduced": lambda logp: -logp.mean(),
+    "overflowing": rowwise(lambda logp, old_logp: -(2 * (logp - old_logp)).exp()),
+    "leaky": lambda logp, pairs: -logp.sum(-1)[pairs[:, 0]],
+    "ordered": rowwise(lambda logp: -logp * torch.arange(len(logp))[:, None]),
+    "defaulted": defaulted,
+    "foreign": foreign,
+}
+
+
 @pytest.mark.parametrize(
     ("bad", "check", "message"),
     [
-        (lying, check_rowwise, "promises @rowwise"),
-        (lying, check_split, "single step differs"),
-        (unmarked, check_rowwise, "mark it @rowwise"),
-        (reduced, check_shape, "is not unreduced"),
-        (overflowing, check_finite, "value at logp 0.0"),
-        (leaky, check_masked, "outside the mask"),
-        (ordered, check_permutation, "the order of rows matters"),
-        (defaulted, check_signature, "beta: defaults live in YAML"),
-        (foreign, check_signature, "not in the vocabulary"),
+        ("lying", check_rowwise, "promises @rowwise"),
+        ("lying", check_split, "single step differs"),
+        ("unmarked", check_rowwise, "mark it @rowwise"),
+        ("reduced", check_shape, "is not unreduced"),
+        ("overflowing", check_finite, "value at logp 0.0"),
+        ("leaky", check_masked, "outside the mask"),
+        ("ordered", check_permutation, "the order of rows matters"),
+        ("defaulted", check_signature, "beta: defaults live in YAML"),
+        ("foreign", check_signature, "not in the vocabulary"),
     ],
-    ids=lambda x: getattr(x, "__name__", ""),
+    ids=lambda x: getattr(x, "__name__", None),
 )
-def test_the_checks_catch(bad: Objective, check: Callable[[Objective], None], message: str) -> None:
+def test_the_checks_catch(bad: str, check: Callable[[Objective], None], message: str) -> None:
     with pytest.raises(AssertionError, match=message):
-        check(bad)
+        check(BAD[bad])

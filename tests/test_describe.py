@@ -88,6 +88,7 @@ def test_show_algo_explains_its_parts() -> None:
     assert "credit:  rlhf_cli.credit." in text and "objective:  rlhf_cli.objectives." in text
     assert "(float)  how far the ratio may rise above 1" in text
     assert "coefficient of this term in the loss" in text
+    assert "@" not in text, "an option put into a term is shown there, not as a key of its own"
 
 
 @pytest.mark.parametrize("choice", [f"{g}={o}" for g, options in catalog.groups().items() for o in options])

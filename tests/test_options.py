@@ -1,5 +1,6 @@
 """The options of the pure ring: each builds, documents its settings, and reaches every public function."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import rlhf_cli.credit
 import rlhf_cli.objectives
 import rlhf_cli.shaping
 from rlhf_cli.config import build, check_node
+from rlhf_cli.inject import is_rowwise
+from rlhf_cli.signature import signature
+from rlhf_cli.types import COLUMNS, OUTPUTS
 
 CONF = Path(__file__).parents[1] / "conf"
 FILES = [p for g in ("objective", "credit", "reduce", "shaping", "select") for p in sorted((CONF / g).glob("*.yaml"))]
@@ -48,6 +52,24 @@ def test_every_public_function_is_reachable(package: Any) -> None:
     assert package.__all__ == sorted(package.__all__)
     reached = {node["_target_"].rpartition(".")[2] for p in FILES for node in nodes(p)}
     assert set(package.__all__) <= reached, f"no option for {set(package.__all__) - reached}"
+
+
+PUBLIC = [getattr(m, n) for m in (rlhf_cli.objectives, rlhf_cli.credit, rlhf_cli.shaping) for n in m.__all__]
+
+
+@pytest.mark.parametrize("fn", PUBLIC, ids=lambda f: f.__name__)
+def test_docs_give_shape_source_and_every_parameter(fn: Any) -> None:
+    doc = inspect.getdoc(fn) or ""
+    assert any(shape in doc for shape in ("[N, T]", "[N]", "[M]")), "say the shape"
+    assert "See " in doc or "arXiv:" in doc or fn.__name__ in ("batch_mean", "group_norm_to_go", "scale"), (
+        "cite the source"
+    )
+    for name, p in inspect.signature(fn).parameters.items():
+        assert f"\n    {name}: " in doc, f"Args: {name} is not described"
+        assert p.default is p.empty, f"{name}: defaults live in YAML"
+        assert p.kind is p.KEYWORD_ONLY or name in COLUMNS | OUTPUTS, f"{name} is not in the vocabulary"
+    read = signature(f"{fn.__module__}.{fn.__name__}")
+    assert read.rowwise == is_rowwise(fn) and read.gives == getattr(fn, "gives", ())
 
 
 @pytest.mark.parametrize(

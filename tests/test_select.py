@@ -61,6 +61,11 @@ def test_best_of_n_keeps_row_order() -> None:
     keep, pairs, stats = best_of_n(SCORE, GROUP)
     assert keep is not None and keep.tolist() == [1, 2, 4] and pairs is None
     assert stats == {"dropped_rows": 3.0, "dropped_groups": 0.0}
+    # labels that fall while rows rise
+    keep, _, _ = best_of_n(SCORE[:3], torch.tensor([9, 4, 9]))
+    assert keep is not None and keep.tolist() == [1, 2]
+    keep, _, _ = best_of_n(SCORE[:2], torch.tensor([9, 4]))
+    assert keep is not None and keep.tolist() == [0, 1]
 
 
 def test_nothing_left_is_empty_not_an_error() -> None:

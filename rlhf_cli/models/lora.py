@@ -23,15 +23,15 @@ def add_lora(model: Any, cfg_lora: LoraSection, seed: int) -> Any:
     _check_targets(model, cfg_lora.targets)
     from peft import LoraConfig, TaskType, get_peft_model
 
-    scalar = hasattr(model, "score")
     config = LoraConfig(
         r=cfg_lora.r,
         lora_alpha=cfg_lora.alpha,  # type: ignore[arg-type]
         target_modules=list(cfg_lora.targets),
         lora_dropout=0.0,
         bias="none",
-        task_type=TaskType.SEQ_CLS if scalar else TaskType.CAUSAL_LM,
-        modules_to_save=["score"] if scalar else None,
+        task_type=TaskType.SEQ_CLS
+        if hasattr(model, "score")
+        else TaskType.CAUSAL_LM,  # SEQ_CLS keeps `score` trainable
     )
     with torch.random.fork_rng(devices=[]):
         wrapped = get_peft_model(model, config, autocast_adapter_dtype=False)

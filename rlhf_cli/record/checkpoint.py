@@ -1,7 +1,6 @@
 """Checkpoints that are whole or absent: written aside, hashed, flushed, renamed; refused when a byte differs.
 
-`folder` is a run's checkpoints/. A checkpoint is step-000050/ with any files, and manifest.json with size and SHA-256 of
-each.
+`folder` is a run's checkpoints/. A checkpoint is step-000050/: any files, and manifest.json with sizes and SHA-256.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _NAME = re.compile(r"(?P<old>\.old-)?step-(?P<step>\d{6,})(-\d+)?")
 
 
 def save(folder: Path, step: int, write: Callable[[Path], None], keep: int) -> Path:
-    """Save what `write(path)` puts into an empty folder, by one process; keep the newest `keep`. Returns the checkpoint."""
+    """Save what `write(path)` puts into an empty folder, by one process. Keeps the newest `keep`; returns the path."""
     aside = begin(folder, step)
     try:
         write(aside)
@@ -112,7 +111,7 @@ def step_name(step: int) -> str:
 
 
 def set_aside_after(folder: Path, step: int) -> list[str]:
-    """Rename checkpoints later than `step`, which a resume from it abandons; no later resume takes them. Returns notes."""
+    """Rename checkpoints later than `step`, which a resume from it abandons, and say so: no later resume takes them."""
     notes = []
     for path in _checkpoints(folder):
         if _step(path) > step:

@@ -13,20 +13,20 @@ if TYPE_CHECKING:
 
 
 def describe(exp: Experience) -> dict[str, Any]:
-    """The numbers of a batch. Sums are exact (fsum), so that no thread count matters; missing scores (NaN) are left out."""
+    """The numbers of a batch. Sums are exact, so that no thread count matters; missing scores (NaN) are left out."""
     lengths = _numbers(exp.mask.sum(-1)) if exp.mask is not None else []
     row: dict[str, Any] = {}
     if exp.score is not None:
         row |= _score_row(_numbers(exp.score), _numbers(exp.group) if exp.group is not None else [])
-    row |= {f"component/{k}": _mean(_finite(_numbers(v))) for k, v in exp.components.items()}
+    row |= {f"component/{k}": mean(_finite(_numbers(v))) for k, v in exp.components.items()}
     if exp.reward is not None and len(exp):
-        row["score/shaped"] = _mean(_numbers(exp.reward.double().sum(-1)))
+        row["score/shaped"] = mean(_numbers(exp.reward.double().sum(-1)))
     if exp.advantage is not None and exp.advantage.numel():
         row["advantage/abs_max"] = float(exp.advantage.abs().max())
     if lengths:
-        row |= {"response/length": _mean(lengths), "response/length_max": int(max(lengths))}
+        row |= {"response/length": mean(lengths), "response/length_max": int(max(lengths))}
     if exp.truncated is not None and len(exp):
-        row["response/truncated"] = _mean(_numbers(exp.truncated))
+        row["response/truncated"] = mean(_numbers(exp.truncated))
     row["count/rows"] = len(exp)
     if exp.group is not None:
         row["count/groups"] = len(set(exp.group.tolist()))
@@ -53,12 +53,12 @@ def rows_of(exp: Experience, limit: int) -> list[dict[str, Any]]:
 
 
 def _score_row(scores: list[float], groups: list[float]) -> dict[str, Any]:
-    """Mean, population standard deviation, missing count, and the share of groups (of two or more) whose rows score equal."""
+    """Mean, population standard deviation, missing count, share of groups (of two or more) whose rows score equal."""
     there = _finite(scores)
     row: dict[str, Any] = {"score/missing": len(scores) - len(there)}
     if there:
-        mean = _mean(there)
-        row |= {"score/mean": mean, "score/std": math.sqrt(_mean([(x - mean) ** 2 for x in there]))}
+        centre = mean(there)
+        row |= {"score/mean": centre, "score/std": math.sqrt(mean([(x - centre) ** 2 for x in there]))}
     by_group: dict[float, list[float]] = {}
     for g, x in zip(groups, scores, strict=False):
         if math.isfinite(x):
@@ -77,5 +77,6 @@ def _finite(values: Sequence[float]) -> list[float]:
     return [v for v in values if math.isfinite(v)]
 
 
-def _mean(values: Sequence[float]) -> float:
+def mean(values: Sequence[float]) -> float:
+    """Exactly rounded sum over the count; NaN of nothing."""
     return math.fsum(values) / len(values) if values else math.nan

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 from rlhf_cli.record.files import write_json_atomic
 from rlhf_cli.record.rundir import now
@@ -92,20 +93,19 @@ class Heartbeat:
         except OSError:  # a full or absent disk must not stop the watch
             return
 
-    def _give_up(self, silent: float, phase: str, stacks: object) -> None:
+    def _give_up(self, silent: float, phase: str, stacks: TextIO) -> None:
         reason = f"rank {self.rank} silent for {silent:.0f} s in phase {phase}"
-        for out in (stacks, sys.__stderr__):
-            try:
-                print(
-                    f"{reason} (limit {self.timeout:g} s, hardware.timeout); stacks of all threads:",
-                    file=out,
-                    flush=True,
-                )
-                faulthandler.dump_traceback(file=out, all_threads=True)
-            except (OSError, ValueError, AttributeError):  # no file behind the stream; the exit matters more
-                continue
+        self._dump(reason, stacks)
         if self.on_silence is not None:
             told = threading.Thread(target=self.on_silence, args=(reason,), daemon=True)
             told.start()
             told.join(timeout=5)
+        self._dump(reason, sys.__stderr__)
         os._exit(EXIT)
+
+    def _dump(self, reason: str, out: TextIO | None) -> None:
+        try:
+            print(f"{reason} (hardware.timeout={self.timeout:g}); stacks of all threads:", file=out, flush=True)
+            faulthandler.dump_traceback(file=out, all_threads=True)  # type: ignore[arg-type]
+        except (OSError, ValueError, AttributeError):  # no file behind the stream; the exit matters more
+            return

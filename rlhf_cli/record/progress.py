@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TextIO
 
 Row = Mapping[str, Any]
+BETWEEN = ("load", "evaluate", "checkpoint", "export")  # phases that are not part of a step
 WINDOW = 20  # steps behind the median step time
 SPARKS = "▁▂▃▄▅▆▇█"
 
@@ -18,6 +19,7 @@ SPARKS = "▁▂▃▄▅▆▇█"
 class Display(Protocol):
     """Something that shows a run."""
 
+    def resume(self, step: int) -> None: ...
     def phase(self, name: str) -> None: ...
     def step(self, step: int, row: Row) -> None: ...
     def note(self, text: str) -> None: ...
@@ -42,18 +44,18 @@ class Progress:
         """The run enters a phase; empty: it left one."""
         self._show(lambda d: d.phase(name))
 
+    def resume(self, step: int) -> None:
+        """The run begins after this many steps."""
+        self._show(lambda d: d.resume(step))
+
     def step(self, step: int, row: Row) -> None:
-        """A step is done."""
+        """A step is done; `step` counts from 1."""
         self._show(lambda d: d.step(step, row))
 
     def evaluation(self, step: int, row: Row) -> None:
         """A line with the results of an evaluation."""
-        values = [
-            f"{k.removeprefix('eval/')} {number(v)}"
-            for k, v in row.items()
-            if isinstance(v, int | float) and k != "step"
-        ]
-        self.note(f"evaluation at step {step}: " + "  ".join(values))
+        numbers = {k.removeprefix("eval/"): v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
+        self.note(f"evaluation at step {step}: " + "  ".join(f"{k} {number(v)}" for k, v in numbers.items()))
 
     def note(self, text: str) -> None:
         """A line that stays."""
@@ -66,11 +68,8 @@ class Progress:
         self._show(lambda d: d.close())
 
     def _open(self, name: str, steps: int) -> None:
-        live = (
-            self.stream.isatty()
-            and os.environ.get("TERM", "dumb") != "dumb"
-            and "utf" in (self.stream.encoding or "").lower()
-        )
+        able = os.environ.get("TERM", "dumb") != "dumb" and "utf" in (self.stream.encoding or "").lower()
+        live = able and self.stream.isatty()
         self.display = Live(name, steps, self.stream) if live else Plain(steps, self.stream)
 
     def _show(self, use: Callable[[Display], None]) -> None:
@@ -93,6 +92,10 @@ class Plain:
         self.stream = stream
         self.pace = Pace(steps)
 
+    def resume(self, step: int) -> None:
+        """Count from here."""
+        self.pace.step = step
+
     def phase(self, name: str) -> None:
         """Not shown."""
 
@@ -100,9 +103,10 @@ class Plain:
         """The step's line."""
         self.pace.add(step, row)
         width = len(str(self.pace.steps))
-        parts = [f"step {step:{width}d}/{self.pace.steps}", *(f"{k} {v}" for k, v in key_numbers(row)), *rates(row)]
+        numbers = [f"{k} {v:<9}" for k, v in key_numbers(row)]
         left = self.pace.left()
-        self.note("  ".join([*parts, f"left {duration(left)}"] if left is not None else parts))
+        rest = [f"left {duration(left)}"] if left is not None else []
+        self.note("  ".join([f"step {step:{width}d}/{self.pace.steps}", *numbers, *rates(row), *rest]).rstrip())
 
     def note(self, text: str) -> None:
         """A line."""
@@ -124,16 +128,20 @@ class Live:
         self.row: Row = {}
         self.phases: dict[str, float] = {}  # seconds of the last time
         self.active = ("", time.monotonic())
-        self.rewards: deque[float] = deque(maxlen=30)
+        self.rewards: deque[float] = deque(maxlen=24)
         self.live = RichLive(self, console=Console(file=stream), refresh_per_second=4)
         self.live.start()
+
+    def resume(self, step: int) -> None:
+        """Count from here."""
+        self.pace.step = step
 
     def phase(self, name: str) -> None:
         """Mark the phase as the active one."""
         before, since = self.active
-        if before:
+        if before and before not in BETWEEN:
             self.phases[before] = time.monotonic() - since
-        if name:
+        if name and name not in BETWEEN:
             self.phases.setdefault(name, 0.0)
         self.active = (name, time.monotonic())
 
@@ -174,9 +182,7 @@ class Live:
 
         steps, left = self.pace.steps, self.pace.left()
         grid = Table.grid(padding=(0, 2, 0, 0))
-        bar = ProgressBar(
-            total=max(steps, 1), completed=self.pace.step, width=40, complete_style="cyan", finished_style="green"
-        )
+        bar = ProgressBar(max(steps, 1), self.pace.step, width=40, complete_style="cyan", finished_style="green")
         count = Text.assemble(("step ", "dim"), f"{self.pace.step:{len(str(steps))}d}/{steps}")
         rest = Text.assemble(("left ", "dim"), duration(left)) if left is not None else Text("")
         grid.add_row(Text(""), bar, count, rest)
@@ -187,11 +193,12 @@ class Live:
 
         text = Text(" ", no_wrap=True, overflow="ellipsis")
         active, since = self.active
-        for name, seconds in self.phases.items():
+        aside = {active: 0.0} if active in BETWEEN else {}
+        for name, seconds in (self.phases | aside).items():
             now = name == active
             shown = time.monotonic() - since if now else seconds
             text.append(" ● " if now else " · ", style="cyan" if now else "dim")
-            text.append(f"{name} {shown:6.1f} s ", style="cyan" if now else "dim")
+            text.append(f"{name} {shown:5.1f} s  ", style="cyan" if now else "dim")
         return text
 
     def _numbers(self) -> Any:
@@ -200,8 +207,8 @@ class Live:
         text = Text(" ", no_wrap=True, overflow="ellipsis")
         for label, value in key_numbers(self.row):
             text.append(f" {label} ", style="dim").append(f"{value:<9}", style="bold" if label == "reward" else "")
-            if label == "reward" and len(self.rewards) > 1:
-                text.append(sparkline(self.rewards) + "  ", style="cyan")
+            if label == "reward":
+                text.append(f"{sparkline(self.rewards):<{self.rewards.maxlen}}  ", style="cyan")
         return text
 
     def _rates(self) -> Any:
@@ -248,7 +255,7 @@ def key_numbers(row: Row) -> list[tuple[str, str]]:
 def rates(row: Row) -> list[str]:
     """Speed, with units."""
     wanted = {"time/step": "s/step", "time/rows_per_s": "rows/s", "time/tokens_per_s": "tok/s"}
-    return [f"{three(row[k])} {unit}" for k, unit in wanted.items() if row.get(k)]
+    return [f"{three(row[k]):>5} {unit}" for k, unit in wanted.items() if row.get(k)]
 
 
 def number(x: float) -> str:
@@ -275,6 +282,8 @@ def duration(seconds: float) -> str:
 
 def sparkline(values: deque[float]) -> str:
     """One block per value, from the lowest to the highest."""
+    if len(values) < 2:
+        return ""
     low, high = min(values), max(values)
     span = (high - low) or 1.0
     return "".join(SPARKS[min(int((v - low) / span * len(SPARKS)), len(SPARKS) - 1)] for v in values)

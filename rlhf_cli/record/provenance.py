@@ -56,7 +56,7 @@ def provenance(
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit of the repository around `folder`, and how many files differ; not the remote, whose URL may hold a password."""
+    """Commit of the repository around `folder`, how many files differ; not the remote: its URL may hold a password."""
     commit = _git(folder, "rev-parse", "HEAD")
     if commit is None:
         return None

@@ -1,5 +1,6 @@
 """The record of a run as the loop sees it: one call per phase and per step, on every rank.
 
+Everything stands on one axis, the number of steps done: the first step's row is 1, an evaluation before it is at 0.
 Rows hold only numbers that a repeated run repeats bit for bit, except those under `time/`.
 """
 
@@ -7,14 +8,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rlhf_cli.record.describe import describe, rows_of
+from rlhf_cli.record.describe import describe, mean, rows_of
 from rlhf_cli.record.heartbeat import Heartbeat
 from rlhf_cli.record.metrics import Metrics
-from rlhf_cli.record.progress import Progress
+from rlhf_cli.record.progress import BETWEEN, Progress
 from rlhf_cli.record.redact import redact_text
 from rlhf_cli.record.rundir import RunDir, Status, now
 from rlhf_cli.record.trackers import Mirror, Tracker
@@ -32,7 +33,6 @@ RESERVED = (
     "time",
     "eval",
 )  # no learner may have these names
-BETWEEN = ("evaluate", "checkpoint")  # phases that are not part of a step
 STATUS_EVERY = 5.0  # seconds between writes of status.json
 
 
@@ -128,7 +128,7 @@ class Recorder:
         self._counted: dict[str, float] = {}
         self._phase = ""
         self._status_time = -math.inf
-        heartbeat.on_silence = lambda reason: self._status("failed", reason)
+        heartbeat.on_silence = self._silent
 
     def start(self, config: Mapping[str, Any], state: Mapping[str, Any] | None) -> None:
         """Begin at the beginning (None) or where a checkpoint was; rows after it are moved aside, and it says so."""
@@ -137,6 +137,7 @@ class Recorder:
         moved = self.metrics.truncate_after(self._at)
         self.samples.truncate_after(self._at)
         self.evaluations.truncate_after(self._evaluated)
+        self.progress.resume(self._at)
         if moved:
             self.note(
                 f"{moved} rows after step {self._at} moved to {self.metrics.discarded.name}; these steps run again"
@@ -159,22 +160,23 @@ class Recorder:
         self._counted |= {f"select/{k}": v for k, v in numbers.items()}
 
     def step(self, step: int, exp: Experience, stats: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
-        """Write the step's row and samples, mirror and show them."""
+        """Write, mirror and show the row of the step with this index; learners' numbers are means over their passes."""
         clash = [k for k in stats if k in RESERVED]
         assert not clash, f"a learner may not be named {clash[0]}"
-        row = {"step": step} | describe(exp)
+        done = step + 1
+        row = {"step": done} | describe(exp)
         self._tokens += row["count/tokens"]
         row["count/tokens_seen"] = self._tokens
         row |= self._counted
-        row |= {f"{learner}/{k}": _mean([v[k] for v in passes]) for learner, passes in stats.items() for k in passes[0]}
+        row |= {f"{learner}/{k}": mean([v[k] for v in passes]) for learner, passes in stats.items() for k in passes[0]}
         self._counted = {}
         row |= self.clock.row(rows=row["count/rows"], tokens=row["count/response_tokens"])
         self.metrics.append(row)
         for sample in rows_of(exp, self.samples_per_step):
-            self.samples.append({"step": step} | sample)
-        self._at = step
-        self.progress.step(step, row)
-        self.mirror.log(step, row)
+            self.samples.append({"step": done} | sample)
+        self._at = done
+        self.progress.step(done, row)
+        self.mirror.log(done, row)
         self.heartbeat.beat("between steps")
         if time.monotonic() - self._status_time > STATUS_EVERY:
             self._status("running")
@@ -219,6 +221,10 @@ class Recorder:
         self.heartbeat.beat(name or "between phases")
         self.progress.phase(name)
 
+    def _silent(self, reason: str) -> None:
+        self._status("failed", reason)
+        self.progress.close()  # gives the cursor back
+
     def _status(self, status: Status, reason: str = "") -> None:
         self._status_time = time.monotonic()
         self.rundir.set_status(status, phase=self._phase, step=self._at, reason=redact_text(reason))
@@ -240,7 +246,7 @@ class PhaseClock:
         self.current, self.since = name, moment
 
     def row(self, *, rows: int, tokens: int) -> dict[str, float]:
-        """The seconds as `time/...`, and begin anew. Evaluation and checkpoints are in `time/between`, not in `time/step`."""
+        """The seconds as `time/...`, and begin anew. Phases in BETWEEN make `time/between`, the others `time/step`."""
         self.enter(self.current)
         spent, self.spent = self.spent, {}
         step = math.fsum(v for k, v in spent.items() if k not in BETWEEN)

@@ -12,7 +12,7 @@ MARK = "<redacted>"
 _SECRET_KEY = re.compile(
     r"(?i)(api[_-]?key|(access|private)[_-]?key|token$|secret|password|passwd|credential|authorization)"
 )
-# Names that only look like secrets: a tokenizer's special tokens, and names of the variable or file that holds the secret.
+# Names that only look like secrets: a tokenizer's special tokens, names of the variable or file that holds a secret.
 _PLAIN_KEY = re.compile(
     r"(?i)((^|_)(pad|bos|eos|unk|sep|cls|mask|stop|start|end|special|image|video|audio|next|per|max|min|first|last)_?token$"
     r"|_(env|var|variable|file|path)$)"
@@ -21,11 +21,11 @@ _DIGEST_KEY = re.compile(r"(?i)(revision|commit|sha|hash|digest|fingerprint)")
 _SHAPES = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{16,}|\bwandb_v1_\w{16,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}"
     r"|\bAKIA[0-9A-Z]{16}\b|\bAIza[\w-]{30,}|\bxox[abprs]-[\w-]{10,}|\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]+"
-    r"|(?<=Bearer )\S{8,}"
+    r"|(?<=Bearer )\S{8,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
 )
 _HEX40 = re.compile(r"(?<![0-9A-Fa-f])[0-9a-f]{40}(?![0-9A-Fa-f])")  # a W&B key, or a git commit: the key tells which
 _NUMBER = re.compile(r"[-+]?[\d._]+([eE][-+]?\d+)?|true|false|null|none|\?\?\?|", re.IGNORECASE)
-_PAIR = re.compile(r"""(?P<key>[\w.-]+)(?P<middle>["']?\s*[=:]\s*["']?)(?P<value>[^\s,}\]"']+)""")
+_PAIR = re.compile(r"""(?P<key>[\w.-]+)(?P<middle>["']?\s*[=:]\s*["']?)(?P<value>[^\s,{}\[\]"']+)""")
 
 
 def is_secret_key(key: str) -> bool:
@@ -51,13 +51,13 @@ def redact_text(text: str) -> str:
 
     def pair(m: re.Match[str]) -> str:
         hide = is_secret_key(m["key"]) and not _NUMBER.fullmatch(m["value"])
-        return m["key"] + m["middle"] + (MARK if hide else m["value"])
+        return m["key"] + m["middle"] + (MARK if hide else _PAIR.sub(pair, m["value"]))
 
     return _redact_value(_PAIR.sub(pair, text), "")
 
 
 def redact_argv(argv: Sequence[str]) -> list[str]:
-    """A command line without secrets: `key=VALUE`, `--api-key VALUE`, `--token=VALUE`, nested `key={api_key: VALUE}`."""
+    """A command line without secrets: `key=VALUE`, `--api-key VALUE`, `--token=VALUE`, `key={api_key: VALUE}`."""
     done: list[str] = []
     for i, word in enumerate(argv):
         before = argv[i - 1] if i else ""
@@ -89,7 +89,7 @@ def _hex40(m: re.Match[str], key: str) -> str:
 
 @lru_cache(maxsize=4)
 def _environment_secrets(environment: tuple[tuple[str, str], ...]) -> tuple[frozenset[str], tuple[str, ...]]:
-    """Values of secret variables: those replaced when equal, and those long enough to be replaced inside other texts."""
+    """Values of secret variables: those replaced when equal, and those long enough to be replaced inside texts."""
     found = {
         v
         for k, v in environment

@@ -115,9 +115,8 @@ class WandB:
             if mode == "offline":
                 raise
             first = (str(e).splitlines() or [""])[0]
-            run.note(
-                f"W&B cannot be reached ({first}); writing offline, send it later: wandb sync {run.path}/wandb/offline-run-*"
-            )
+            send = f"wandb sync {run.path}/wandb/offline-run-*"
+            run.note(f"W&B cannot be reached ({first}); writing offline, send it later: {send}")
             self._run = self._init(run, "offline")
         self._id = self._run.id
         self._floor = max(self._floor, int(self._run.step) - 1)
@@ -147,7 +146,7 @@ class WandB:
         return "online"
 
     def _recall(self, run: Start) -> None:
-        """Id and highest step from the folder, else from the checkpoint, unless that is another run's."""
+        """Id and highest step from the folder, else from the checkpoint if that is this run's."""
         kept: Mapping[str, Any] = run.state if run.state.get("run") == self._name else {}
         with contextlib.suppress(OSError, ValueError):
             kept = json.loads(self._mark.read_text(encoding="utf-8"))
@@ -193,9 +192,7 @@ class TensorBoard:
         """Begin; on resume, events of later steps are marked as void."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(
-            str(run.path / "tensorboard"), purge_step=run.step + 1 if run.step else None, flush_secs=30
-        )
+        self._writer = SummaryWriter(str(run.path / "tensorboard"), purge_step=run.step + 1, flush_secs=30)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Write a row."""

@@ -31,7 +31,7 @@ def token_kl(
 
 
 def sequence_kl(score: Tensor, behavior_logp: Tensor, ref_logp: Tensor, mask: Tensor, *, beta: float) -> Tensor:
-    """Score minus beta times the log-ratio of the row, R - beta sum_t (behavior_logp - ref_logp), [N]: baselines see it.
+    """Score minus beta times the row's log-ratio, R - beta sum_t (behavior_logp - ref_logp), [N]; baselines see it.
 
     See Ahmadian et al., "Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in
     LLMs", arXiv:2402.14740, section 2.

@@ -53,9 +53,10 @@ def test_hand_numbers(credit: Callable[..., Any], score: list[float], expected: 
     "credit", [grpo, partial(group_norm, scale="std", ddof=1, eps=0.0), dr_grpo, leave_one_out, group_whitened]
 )
 def test_equal_scores_and_single_rows_get_exactly_zero(credit: Callable[..., Any]) -> None:
-    # 0.1 three times: the float mean is not 0.1; group 5 has one row
-    got = rows(credit, [0.1, 0.1, 0.1, 3.0], torch.tensor([0, 0, 0, 5]))
-    assert torch.equal(got, torch.zeros(4))
+    # in float32 the mean of seven 0.7 is not 0.7; group 5 has one row
+    assert torch.full((7,), 0.7).sum() / 7 != torch.tensor(0.7)
+    got = rows(credit, [0.7] * 7 + [3.0], torch.tensor([0] * 7 + [5]))
+    assert torch.equal(got, torch.zeros(8))
 
 
 @pytest.mark.parametrize("credit", [grpo, dr_grpo, leave_one_out])
@@ -92,7 +93,8 @@ def test_group_whitened_is_reinforce_pp_baseline() -> None:
 def test_batch_mean() -> None:
     made = batch_mean(torch.tensor([1.0, 0.0, 0.0, 1.0]), ONE_TOKEN)
     assert made.advantage[:, 0].tolist() == [0.5, -0.5, -0.5, 0.5]
-    assert torch.equal(batch_mean(torch.full((3,), 0.1), ONE_TOKEN[:3]).advantage, torch.zeros(3, 1))
+    seven = torch.ones(7, 1, dtype=torch.bool)
+    assert torch.equal(batch_mean(torch.full((7,), 0.7), seven).advantage, torch.zeros(7, 1))
 
 
 def test_advantage_is_zero_outside_the_mask() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
 
 from rlhf_cli.config import LoraSection, ModelSection
@@ -133,5 +134,13 @@ def test_scalar_model_keeps_its_head(lora: bool, tmp_path: Path) -> None:
     export(model, tiny_tokenizer(), tmp_path / "export", merge=True)
     back = AutoModelForSequenceClassification.from_pretrained(tmp_path / "export")
     torch.testing.assert_close(logits(back), logits(model), atol=1e-4, rtol=0)
+    with safe_open(tmp_path / "export" / "model.safetensors", "pt") as f:
+        assert set(f.keys()) == set(load_scalar(TINY, dtype=F32, seed=3).state_dict())
     again = load_scalar(ModelSection(path=str(tmp_path / "export")), dtype=F32, seed=99)
     assert torch.equal(again.score.weight, back.score.weight)
+
+
+def test_a_tied_weight_is_written_once(tmp_path: Path) -> None:
+    export(tied(), tiny_tokenizer(), tmp_path / "export", merge=True, dtype=torch.bfloat16)
+    with safe_open(tmp_path / "export" / "model.safetensors", "pt") as f:
+        assert "model.embed_tokens.weight" in f.keys() and "lm_head.weight" not in f.keys()  # noqa: SIM118

@@ -82,11 +82,20 @@ def test_nucleus_is_the_smallest_set_with_the_mass(top_p: float, kept: list[int]
 
 
 def test_nucleus_wider_than_the_first_guess() -> None:
-    # 4096 equal tokens and one of half the mass: 0.9 of the mass needs a sort of the whole vocabulary; equals stay.
-    logits = torch.zeros(1, 4097)
-    logits[0, 7] = math.log(4096)
-    assert int((distribution(logits, Decoding(top_p=0.9)) > 0).sum()) == 4097
-    assert int((distribution(logits, Decoding(top_p=0.4)) > 0).sum()) == 1
+    # Tokens fall off slowly, so that 0.9 of the mass needs thousands and a sort of the whole vocabulary.
+    logits = -1e-4 * torch.arange(5000.0)[torch.randperm(5000, generator=torch.Generator().manual_seed(4))]
+    best = torch.softmax(logits.double(), -1).sort(descending=True).values.cumsum(-1)
+    wanted = int((best < 0.9).sum()) + 1
+    assert wanted > 4000
+    assert abs(int((distribution(logits[None], Decoding(top_p=0.9)) > 0).sum()) - wanted) <= 1
+
+
+def test_equals_at_an_edge_stay_together() -> None:
+    logits = torch.zeros(1, 10)
+    logits[0, 7] = 5
+    assert int((distribution(logits, Decoding(top_k=2)) > 0).sum()) == 10
+    assert int((distribution(logits, Decoding(top_p=0.99)) > 0).sum()) == 10
+    assert int((distribution(logits, Decoding(top_p=0.5)) > 0).sum()) == 1
 
 
 def test_top_k_comes_before_the_nucleus() -> None:

@@ -134,8 +134,10 @@ def test_other_architectures(name: str) -> None:
 
 def test_eager_attention_is_kept() -> None:
     model = llama(attention="eager")
+    used = set()
+    model.register_forward_pre_hook(lambda module, args: used.add(module.config._attn_implementation))
     check_against_slow(sampler(model), model, k=2)
-    assert model.config._attn_implementation == "eager"
+    assert used == {"eager"}
 
 
 def test_leaves_the_model_as_it_was() -> None:
@@ -266,9 +268,11 @@ class Scripted:
         self.generation_config = SimpleNamespace(eos_token_id=257)
         self.dtype, self.training = torch.float32, False
         self.calls = 0
+        self.read: list[tuple[int, ...]] = []
 
     def __call__(self, *, input_ids: Tensor, position_ids: Tensor | None = None, **_: Any) -> Any:
         if position_ids is None:
+            self.read.append(tuple(input_ids.shape))
             return None
         self.calls += 1
         logits = torch.full((len(input_ids), 1, 259), -1e4)
@@ -319,6 +323,14 @@ def test_finished_rows_make_room() -> None:
     out = sampler(model, rows=2, max_tokens=50).sample([script[:3]] * 4, 2, seeds(8))
     assert out.ids == [[*b"done", 257]] * 8
     assert model.calls == 20
+
+
+def test_prompts_are_read_once_in_their_own_shape() -> None:
+    """Three rows of each prompt in slots of two, so that groups straddle; the last token belongs to the first step."""
+    script = [256, *b"STS", *b"done", 257]
+    model = Scripted(script)
+    sampler(model, rows=2, max_tokens=50).sample([script[:3], script[:4], script[:3], [256]], 3, seeds(12))
+    assert model.read == [(1, 2), (1, 3), (1, 2)]
 
 
 def test_errors_name_the_setting() -> None:
