@@ -25,18 +25,19 @@ from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 from yaml import YAMLError
 
 from rlhf_cli import catalog
-from rlhf_cli.config import nearest, schema
+from rlhf_cli.config import LearnerSection, nearest, schema
 from rlhf_cli.errors import ConfigError
 
 VERSION = "1.3"  # Hydra's defaults are those of this release
 FAULTS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
+OPEN = ("dataset.columns.", "hardware.deepspeed.", "debug.")  # sections whose keys the schema leaves open
 
 
 def compose(config_name: str, overrides: list[str], config_dir: str | None) -> DictConfig:
     """The configuration of a verb: schema, chosen options, overrides; holds known keys and resolvable values only."""
     asked = check_overrides(config_name, overrides, config_dir)
     try:
-        cfg = _compose(config_name, [o.input_line or "" for o in asked], config_dir)
+        cfg = _compose(config_name, _lines(asked), config_dir)
     except FAULTS as e:
         raise ConfigError(_explain(e, config_name, asked, config_dir)) from e
     choices = cfg.hydra.runtime.choices
@@ -78,7 +79,7 @@ def multirun(config_name: str, overrides: list[str], config_dir: str | None, poi
     quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.output_subdir=null", "hydra.sweep.subdir=."]
     where = "hydra.sweep.dir=${run.dir}/sweeps/${now:%Y-%m-%d_%H-%M-%S}"
     folder = ["--config-dir", str(Path(config_dir).resolve())] if config_dir else []
-    saved, sys.argv = sys.argv, ["rlhf", *folder, "-m", *quiet, where, *(o.input_line or "" for o in asked)]
+    saved, sys.argv = sys.argv, ["rlhf", *folder, "-m", *quiet, where, *_lines(asked)]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through to the one place that prints them
     try:
         hydra.main(version_base=VERSION, config_path="pkg://rlhf_cli.conf", config_name=config_name)(task)()
@@ -126,8 +127,39 @@ def check_overrides(
             if o.value() is None and o.key_or_group in default and default[o.key_or_group] is None:
                 continue
             _check_group(o, config_name, known, default)
+        _check_learner(o)
         kept.append(o)
     return kept
+
+
+def _check_learner(o: Override) -> None:
+    parts = o.key_or_group.split(".")
+    if parts[0] == "learners" and len(parts) == 3 and catalog.field_of(o.key_or_group) is None:
+        names = [f.name for f in dataclasses.fields(LearnerSection)]
+        raise ConfigError(f"{o.key_or_group}: unknown key{nearest(parts[2], names) or '; it has ' + ', '.join(names)}")
+
+
+def _lines(asked: list[Override]) -> list[str]:
+    """The overrides as Hydra takes them: it wants `++` before a key that no option has, and users must not need it."""
+    added = tuple(f"{o.package}." for o in asked if o.is_add() and o.package)
+    terms = tuple(p.removesuffix("objective.").removesuffix("reduce.") for p in added)
+    return [_line(o, terms) for o in asked]
+
+
+def _line(o: Override, terms: tuple[str, ...] = ()) -> str:
+    """One override as Hydra takes it; `terms` are the terms that other overrides add to `updates`."""
+    text, key = o.input_line or "", o.key_or_group
+    if o.package or o.is_add() or o.is_force_add() or o.is_delete():
+        return text
+    value = text.partition("=")[2]
+    if key.startswith("learners.") and key.count(".") == 2 and not o.is_sweep_override():
+        _, learner, name = key.split(".")  # a learner is a typed section, which only a merge from above can create
+        return f"++learners={{{learner}: {{{name}: {value or repr('')}}}}}"
+    column = key.removeprefix("dataset.columns.")
+    if column != key and "." in column and not o.is_sweep_override():
+        return f"++dataset.columns={{{column}: {value or repr('')}}}"
+    whole_term = key.startswith("updates.") and key.count(".") == 2 and isinstance(o.value(), dict)
+    return f"++{text}" if key.startswith((*OPEN, *terms)) or whole_term else text
 
 
 def _parse(text: str) -> Override:
@@ -172,6 +204,43 @@ def _options(o: Override) -> list[str]:
     return [str(v) for v in value] if isinstance(value, list) else ["null" if value is None else str(value)]
 
 
+# ---- overrides of a frozen configuration ----
+
+
+def override(cfg: DictConfig, overrides: list[str]) -> DictConfig:
+    """A copy of a run's configuration with `key=value` settings changed; its groups stay as they were chosen."""
+    made = OmegaConf.create(cfg)
+    OmegaConf.set_struct(made, True)
+    groups = {*catalog.groups(None), *catalog.defaults("train")}
+    for o in [_parse(text) for text in overrides]:
+        _check_plain(o, made, groups)
+        wrong = _of_override(o, made, groups, None)
+        if wrong:
+            raise ConfigError(wrong)
+    names = dict(made.names)
+    made = finish(made, {}, [])
+    made.names = names
+    return made
+
+
+def _check_plain(o: Override, cfg: DictConfig, groups: set[str]) -> None:
+    """Refuse what is not the change of a setting."""
+    key = o.key_or_group
+    if o.package or (key in groups and (o.is_delete() or not isinstance(o.value(), dict))):
+        was = cfg.names.get(key)
+        raise ConfigError(
+            f"{o.input_line}: a run keeps its {key}{f' ({was})' if was else ''}; for another, start a new run: "
+            f"rlhf train {o.input_line}"
+        )
+    if o.is_sweep_override():
+        raise ConfigError(f"{o.input_line}: several values; type one, or {key}=[a,b] for a list")
+    if o.is_delete():
+        raise ConfigError(f"{o.input_line}: nothing can be deleted from a run; give it another value")
+    if key in ("run", "run.name", "run.dir", "names") or key.startswith("names."):
+        raise ConfigError(f"{o.input_line}: a run keeps its name and place; move its folder instead")
+    _check_learner(o)
+
+
 # ---- explanations, after Hydra refused ----
 
 
@@ -180,7 +249,7 @@ def _explain(error: Exception, config_name: str, asked: list[Override], config_d
     groups = {*catalog.groups(config_dir), *catalog.defaults(config_name)}
     chosen = [o for o in asked if o.key_or_group in groups and not isinstance(o.value(), dict)]
     try:
-        base = _compose(config_name, [o.input_line or "" for o in chosen], config_dir)
+        base = _compose(config_name, _lines(chosen), config_dir)
     except FAULTS as e:
         return _of_file(e, config_dir)
     for o in asked:
@@ -194,13 +263,13 @@ def _explain(error: Exception, config_name: str, asked: list[Override], config_d
 
 def _of_override(o: Override, base: DictConfig, groups: set[str], config_dir: str | None) -> str:
     """What is wrong with one override, or an empty string."""
-    key = o.key_or_group
-    adds = o.is_add() or o.is_force_add()
+    key, sent = o.key_or_group, _parse(_line(o))
+    adds = sent.is_add() or sent.is_force_add()
     unknown = "" if adds else unknown_key(base, key, groups, config_dir)
     if unknown:
         return unknown
     try:
-        OmegaConf.update(base, key, o.value(), merge=True, force_add=adds)
+        OmegaConf.update(base, sent.key_or_group, sent.value(), merge=True, force_add=adds)
     except (OmegaConfBaseException, ValueError) as e:
         return _bad_value(key, o, e)
     return ""

@@ -20,8 +20,8 @@ LOGP_GAP = {"fp32": 1e-3, "bf16": 0.05}  # mean |sampler - learner| log-prob
 def first_ratio(step: int, stats: Stats, tolerance: float) -> None:
     """Before its first update a policy is its own old policy: ratio 1, KL 0 to itself."""
     first = stats.get("policy", [{}])[0]
-    gap = abs(first.get("ratio_max", 1.0) - 1.0)
-    if gap > tolerance:
+    gap = max(abs(first.get(k, 1.0) - 1.0) for k in ("ratio_mean", "ratio_max"))  # the maximum alone hides ratios below 1
+    if not gap <= tolerance:
         raise GateError(
             f"step {step}: the importance ratio of the first update is off 1 by {gap:.2g} (allowed {tolerance:.2g}); "
             "the old log-probs are not this policy's. Set model.packing=false, or turn dropout off"
@@ -31,7 +31,7 @@ def first_ratio(step: int, stats: Stats, tolerance: float) -> None:
 def first_kl(step: int, stats: Stats, tolerance: float) -> None:
     """A fresh policy is its own reference: KL 0."""
     kl = stats.get("policy", [{}])[0].get("kl", 0.0)
-    if kl > tolerance:
+    if not kl <= tolerance:
         raise GateError(
             f"step {step}: KL to the reference is {kl:.2g} nats a token before any update (allowed {tolerance:.2g}); "
             "the reference is not the initial policy. Check model.reference, or set gates.enabled=false if another one is meant"
@@ -41,7 +41,7 @@ def first_kl(step: int, stats: Stats, tolerance: float) -> None:
 def sampler_gap(step: int, stats: Stats, limit: float) -> None:
     """Sampler and learner must agree on the log-prob of the very tokens that were sampled."""
     gap = stats.get("policy", [{}])[0].get("sampler_gap", 0.0)
-    if gap > limit:
+    if not gap <= limit:
         raise GateError(
             f"step {step}: sampler and learner differ by {gap:.2g} nats a token on average (gates.logp_gap={limit:.2g}); "
             "the policy that samples is not the one that learns. Set hardware.precision=fp32 to compare, or raise gates.logp_gap"

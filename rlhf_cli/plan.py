@@ -18,6 +18,7 @@ BASE = ("ids", "attention", "mask", "group", "version")
 SAMPLED = ("truncated", "behavior_logp")
 HEADS = {"policy": ("logp", "entropy"), "value": ("value_new",), "score": ("score_new",)}
 TERM_KEYS = ("objective", "reduce", "coef")
+SWITCHES = ("shuffled_reward",)  # of `debug`
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,9 @@ def learner_sections(cfg: Any) -> dict[str, Any]:
     """Section of every learner in `updates`; the policy's is optional."""
     from rlhf_cli.config import LearnerSection
 
+    idle = [name for name in cfg.learners if name not in cfg.updates]
+    if idle:
+        raise ConfigError(f"learners.{idle[0]}: nothing in updates trains it; updates has {', '.join(cfg.updates)}{nearest(idle[0], cfg.updates)}")
     sections = {}
     for name in cfg.updates:
         if not any(v is not None for v in (cfg.updates[name] or {}).values()):
@@ -241,6 +245,9 @@ def _check_numbers(cfg: Any) -> None:
             raise ConfigError(f"{key}={value}: must be at least 1")
     if b.prompts % b.minibatches:
         raise ConfigError(f"batch.prompts={b.prompts} does not divide into batch.minibatches={b.minibatches} of whole groups; choose a divisor")
+    for key in cfg.debug:
+        if key not in SWITCHES:
+            raise ConfigError(f"debug.{key}: unknown; its switches: {', '.join(SWITCHES)}{nearest(str(key), SWITCHES)}")
     if cfg.steps < 0:
         raise ConfigError(f"steps={cfg.steps}: must be at least 0")
     if cfg.model.lora.r and cfg.model.reference != "auto":

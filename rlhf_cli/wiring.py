@@ -142,10 +142,11 @@ def _nothing() -> None:
 
 
 def load_records(cfg: Any, plan: Plan) -> tuple[list[Record], list[Record]]:
-    """Train and held-out records; as demonstrations when recorded responses are wanted and only references are there."""
+    """Train and held-out records; as demonstrations where no stage reads preferences, so that nothing imitates a rejected response."""
     train, heldout = load(cfg.dataset, "train"), load(cfg.dataset, "heldout")
     heldout = heldout[: cfg.eval.prompts] if cfg.eval.prompts else heldout
-    if plan.source == "recorded" and not any(r.responses for r in train):
+    judged = {"pairs", "margin", "pair_weight", "label", "score"}
+    if plan.source == "recorded" and not any(judged & s.needs for s in plan.stages):
         return as_demonstrations(train), as_demonstrations(heldout)
     return train, heldout
 

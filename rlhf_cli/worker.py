@@ -149,7 +149,8 @@ class Session:
             problem = checkpoint.verify(Path(self.cfg.resume))
             if problem:
                 raise ConfigError(f"resume={self.cfg.resume}: {problem}; type resume=auto for the newest valid checkpoint")
-            return self.cfg.resume, []
+            folder = Path(self.cfg.resume)
+            return str(folder), checkpoint.set_aside_after(self.rundir.checkpoints, checkpoint.step_of(folder))
         if self.cfg.resume == "never":
             return None, []
         path, notes = checkpoint.newest_valid(self.rundir.checkpoints)
@@ -245,7 +246,10 @@ def main(path: Path) -> int:
     except BaseException as e:
         _failed(session, e, rank)
         raise
-    session.record.finish(ended, session.stop.signal)
+    else:
+        session.record.finish(ended, session.stop.signal)
+    finally:
+        session.rundir.release()
     if rank == 0 and ended == "finished":
         print(summary.text(path), flush=True)
     if rank == 0 and ended == "preempted":

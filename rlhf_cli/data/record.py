@@ -60,7 +60,7 @@ def check_references(records: Sequence[Record], what: str) -> None:
         raise ConfigError(
             f"{bare[0].where}: column 'references' gives no reference, and {what} needs one "
             f"({len(bare)} of {len(records)} records have none); map the column with "
-            "++dataset.columns.references=NAME, remove those lines, or choose another reward"
+            "dataset.columns.references=NAME, remove those lines, or choose another reward"
         )
 
 
@@ -94,5 +94,5 @@ def _demonstration(r: Record) -> str:
         return r.references[0]
     raise ConfigError(
         f"{r.where}: holds no demonstration; use dataset.shape=demonstrations or pairs, "
-        "or map a column with ++dataset.columns.references=NAME"
+        "or map a column with dataset.columns.references=NAME"
     )

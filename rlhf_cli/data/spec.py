@@ -46,7 +46,6 @@ class Spec:
     revision: str
     shape: str
     columns: tuple[tuple[str, str], ...]  # our name -> path of the file's column; only those that are read
-    typed: frozenset[str]  # names that stand in the config, so that an override of them needs no `++`
     answer_pattern: str
     system: str
     template: str
@@ -58,10 +57,8 @@ class Spec:
         return tuple(name for _, name, _, _ in Formatter().parse(self.template) if name is not None)
 
     def mapping(self, name: str, column: str = "NAME") -> str:
-        """What to type to map `name`; Hydra wants `++` in front of a new key, and braces around one with a dot."""
-        if "." in name:
-            return f"'++dataset.columns={{{name}: {column}}}'"
-        return f"{'' if name in self.typed else '++'}dataset.columns.{name}={column}"
+        """What to type to map `name`."""
+        return f"dataset.columns.{name}={column}"
 
 
 def spec_of(cfg: Any) -> Spec:
@@ -82,7 +79,6 @@ def spec_of(cfg: Any) -> Spec:
         revision=str(cfg.revision or ""),
         shape=shape,
         columns=tuple(sorted((k, v) for k, v in columns.items() if v)),
-        typed=frozenset(written),
         answer_pattern=str(cfg.answer_pattern or ""),
         system=str(cfg.system or ""),
         template=str(cfg.template),

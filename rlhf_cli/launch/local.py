@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from rlhf_cli.config import load_config
-from rlhf_cli.errors import ConfigError
+from rlhf_cli.errors import ConfigError, GateError
 from rlhf_cli.plan import describe, resolve_hardware, validate
 from rlhf_cli.record.rundir import RunDir, name_run
 
@@ -36,7 +36,9 @@ def resume(path: Path, overrides: list[str]) -> int:
     """Go on with a run from its newest valid checkpoint; `overrides` change its configuration, said aloud."""
     if not (path / "config.yaml").exists():
         raise ConfigError(f"resume: {path} is no run directory (no config.yaml in it); rlhf resume runs/NAME")
+    _refuse_busy(RunDir(path))
     cfg = load_config(path)
+    cfg.resume = "auto"
     before = OmegaConf.to_container(cfg, resolve=True)
     if overrides:
         from rlhf_cli.compose import override
@@ -47,10 +49,9 @@ def resume(path: Path, overrides: list[str]) -> int:
         for key, (old, new) in differences(before, OmegaConf.to_container(cfg, resolve=True)).items():
             print(f"rlhf: resume changes {key}: {old} -> {new}", flush=True)
     status = RunDir(path).status()
-    if status.get("status") == "finished" and cfg.steps <= int(status.get("step", -1)) + 1:
+    if status.get("status") == "finished" and cfg.steps <= int(status.get("step", -1)) and cfg.resume == "auto":
         print(f"rlhf: {path} is finished ({cfg.steps} steps); for more, type rlhf resume {path} steps=N", flush=True)
         return 0
-    cfg.resume = "auto"
     rundir = RunDir(path)
     rundir.save_config(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
     return start(rundir, cfg.hardware.processes, cfg.hardware.threads)
@@ -63,13 +64,27 @@ def prepare(cfg: Any) -> RunDir:
         cfg.run.name = name_run(cfg.run.dir, cfg.names)
     path = Path(cfg.run.dir) / cfg.run.name
     rundir = RunDir(path)
+    _refuse_busy(rundir)
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
-    if named and (path / "config.yaml").exists():
+    if named and _has_work(path):
         _refuse_other(path, plain, cfg.resume)
     rundir.create()
     rundir.save_config(plain)
     (path / "plan.txt").write_text(describe(cfg) + "\n", encoding="utf-8")
     return rundir
+
+
+def _refuse_busy(rundir: RunDir) -> None:
+    """Two writers would mix their files; the second must not even touch the configuration."""
+    holder = rundir.writer()
+    if holder:
+        raise ConfigError(f"run {rundir.name} is being written by {holder}; stop it, or choose another run.name")
+
+
+def _has_work(path: Path) -> bool:
+    """Whether a run has something to lose: one that ended before its first step does not stand in the way of another try."""
+    metrics = path / "metrics.jsonl"
+    return any((path / "checkpoints").glob("*step-*")) or (metrics.exists() and metrics.stat().st_size > 0)
 
 
 def _refuse_other(path: Path, plain: Mapping[str, Any], resume_mode: str) -> None:
@@ -99,11 +114,18 @@ def differences(a: Any, b: Any, key: str = "") -> dict[str, tuple[Any, Any]]:
     return {} if a == b else {key: (a, b)}
 
 
+def calm(threads: int) -> None:
+    """Settings that torch reads when it is imported. Threads that spin while they wait make a shared machine crawl: ten times slower."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
 def start(rundir: RunDir, processes: int, threads: int) -> int:
     """Run the ranks: one in place, several under DeepSpeed's launcher."""
-    os.environ["OMP_NUM_THREADS"] = str(threads)
+    calm(threads)
     os.environ.setdefault("RLHF_ARGV", json.dumps(["rlhf", *sys.argv[1:]]))
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if processes == 1:
         from rlhf_cli.worker import main
 
@@ -119,13 +141,16 @@ def run_ranks(rundir: RunDir, processes: int) -> int:
         f"--master_port={_free_port()}", "--no_local_rank", "--module", "rlhf_cli.worker", str(rundir.path),
     ]  # fmt: skip
     environment = {**os.environ, "DEEPSPEED_LOG_LEVEL": "error", "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu" if not _cuda(rundir) else "cuda")}
+    before = rundir.status()
+    for old in rundir.logs.glob("rank-*.error"):  # of an earlier try
+        old.unlink()
     log = (rundir.logs / "launcher.log").open("a", encoding="utf-8")
     ranks = subprocess.Popen(command, env=environment, stderr=log, start_new_session=True)
     for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(s, lambda number, _: _forward(ranks, number))
     code = ranks.wait()
     log.close()
-    return _explain(rundir, code)
+    return _explain(rundir, code, before)
 
 
 def _forward(launcher: subprocess.Popen[bytes], number: int) -> None:
@@ -145,10 +170,10 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def _explain(rundir: RunDir, code: int) -> int:
-    """Show the first failing rank's error."""
+def _explain(rundir: RunDir, code: int, before: Mapping[str, Any]) -> int:
+    """Show the first failing rank's error. `before`: the status when the ranks started."""
     status = rundir.status()
-    if status.get("status") == "preempted":
+    if status.get("status") == "preempted" and status != before:
         return 75
     if code == 0:
         return 0
@@ -158,7 +183,8 @@ def _explain(rundir: RunDir, code: int) -> int:
         kind, _, text = last.partition(": ")
         rank = errors[0].stem.removeprefix("rank-")
         if kind.rpartition(".")[2] in ("ConfigError", "GateError"):
-            raise ConfigError(f"rank {rank}: {text}")
+            refused = GateError if kind.endswith("GateError") else ConfigError
+            raise refused(text if text.startswith(f"rank {rank}") else f"rank {rank}: {text}")
         raise ConfigError(f"rank {rank} failed: {last}; the traceback is in {errors[0]}")
     raise ConfigError(f"the ranks ended with status {code}; see {rundir.logs}/launcher.log and rank-*.log")
 
@@ -176,8 +202,7 @@ def _free_port() -> int:
 def run_verb(verb: str, cfg: Any) -> int:
     """eval, generate, score: one process, in place."""
     OmegaConf.update(cfg, "hardware", resolve_hardware(cfg), merge=True)
-    os.environ["OMP_NUM_THREADS"] = str(cfg.hardware.threads)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    calm(cfg.hardware.threads)
     from rlhf_cli import verbs
 
     runner: dict[str, Any] = {"eval": verbs.evaluate, "generate": verbs.generate, "score": verbs.score}

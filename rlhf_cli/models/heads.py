@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rlhf_cli.models.packing import pack, shifted, to_device
 
-CHUNK = 1024  # positions whose logits exist at a time
+CHUNK = 512  # positions whose logits exist at a time
 
 
 class PolicyHead(nn.Module):
@@ -103,16 +103,38 @@ def run_backbone(backbone: Any, ids: Tensor, attention: Tensor, group: Tensor, p
 def _token_logp(
     head: nn.Module, hidden: Tensor, target: Tensor, temperature: float, cap: float | None, entropy: bool
 ) -> tuple[Tensor, ...]:
-    logits = precise(head(hidden))
+    logits = head(hidden)
     if cap:
         logits = cap * torch.tanh(logits / cap)
     if temperature != 1.0:
-        logits = logits / temperature
-    total = logits.logsumexp(-1)
-    logp = logits.gather(-1, target[:, None]).squeeze(-1) - total
+        logits = precise(logits) / temperature
     if not entropy:
-        return (logp,)
-    return logp, total - ((logits - total[:, None]).exp() * logits).sum(-1)
+        return (TargetLogp.apply(logits, target),)
+    wide = precise(logits)
+    total = wide.logsumexp(-1)
+    logp = wide.gather(-1, target[:, None]).squeeze(-1) - total
+    return logp, total - ((wide - total[:, None]).exp() * wide).sum(-1)
+
+
+class TargetLogp(torch.autograd.Function):
+    """log softmax(logits)[target], at least in fp32, with half the passes over [n, V] that autograd's own would make."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
+        x = precise(logits)
+        x = x.clone() if x is logits else x
+        top = x.amax(-1, keepdim=True)
+        picked = x.gather(-1, target[:, None])
+        total = x.sub_(top).exp_().sum(-1, keepdim=True).log_() + top
+        ctx.save_for_backward(logits, total, target)
+        return (picked - total).squeeze(-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        logits, total, target = ctx.saved_tensors
+        x = (precise(logits) - total).exp_().mul_(-grad[:, None])
+        x.scatter_add_(-1, target[:, None], grad[:, None])
+        return x.to(logits.dtype), None
 
 
 def _cap(hf: Any) -> float | None:

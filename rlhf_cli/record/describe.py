@@ -18,7 +18,8 @@ def describe(exp: Experience) -> dict[str, Any]:
     row: dict[str, Any] = {}
     if exp.score is not None:
         row |= _score_row(_numbers(exp.score), _numbers(exp.group) if exp.group is not None else [])
-    row |= {f"component/{k}": mean(_finite(_numbers(v))) for k, v in exp.components.items()}
+    parts = {k: _finite(_numbers(v)) for k, v in exp.components.items()}
+    row |= {f"component/{k}": mean(v) for k, v in parts.items() if v}
     if exp.reward is not None and len(exp):
         row["score/shaped"] = mean(_numbers(exp.reward.double().sum(-1)))
     if exp.advantage is not None and exp.advantage.numel():

@@ -40,7 +40,7 @@ U, A = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
         (
             '{"prompt": "\\ud83d"}\n',
             "train.jsonl:1: column 'prompt' holds text that is not valid Unicode (half a surrogate pair); "
-            "the file has prompt; map it with ++dataset.columns.prompt=NAME",
+            "the file has prompt; map it with dataset.columns.prompt=NAME",
         ),
     ],
 )
@@ -85,7 +85,7 @@ HAS = "the file has prompt, references; map it with dataset.columns.{}=NAME"
         (
             GOOD,
             {"meta.id": "id"},
-            "column 'id' is missing; the file has prompt, references; map it with '++dataset.columns={meta.id: NAME}'",
+            "column 'id' is missing; the file has prompt, references; map it with dataset.columns.meta.id=NAME",
         ),
         (GOOD | {"prompt": 7}, NAMED, "column 'prompt' holds a number (7), wanted text; " + HAS.format("prompt")),
         (GOOD | {"prompt": None}, NAMED, "column 'prompt' holds null, wanted text; " + HAS.format("prompt")),
@@ -141,7 +141,7 @@ def test_the_line_is_named(tmp_path):
         (
             [U, A],
             "column 'prompt' ends with a turn of the assistant; the last turn must be the user's; conversations with "
-            "answers: dataset.shape=demonstrations ++dataset.columns.messages=NAME",
+            "answers: dataset.shape=demonstrations dataset.columns.messages=NAME",
         ),
     ],
 )
@@ -160,7 +160,7 @@ def test_two_system_turns(tmp_path):
 def test_template_columns(tmp_path):
     message = complaint(tmp_path, [GOOD], template="{prompt} {input}")
     assert message.startswith(
-        "train.jsonl:1: column 'input' is missing; the file has prompt, references; map it with ++"
+        "train.jsonl:1: column 'input' is missing; the file has prompt, references; map it with dataset.columns.input=NAME"
     )
     message = complaint(tmp_path, [{"a": "", "b": " "}], template="Do: {a} {b}")
     assert message.startswith("train.jsonl:1: column 'a' gives an empty prompt")
@@ -368,7 +368,7 @@ def test_check_references():
         check_references([with_one, without, without], "reward=bleu")
     assert str(e.value) == (
         "a.jsonl:2: column 'references' gives no reference, and reward=bleu needs one (2 of 3 records have none); "
-        "map the column with ++dataset.columns.references=NAME, remove those lines, or choose another reward"
+        "map the column with dataset.columns.references=NAME, remove those lines, or choose another reward"
     )
 
 

@@ -1,0 +1,106 @@
+"""Material for the engine tests; as a program, a few steps of every ZeRO stage under `torch.distributed.run`."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_cli.engine.comm import Comm, start
+from rlhf_cli.engine.deepspeed import DeepSpeedEngine, Setup
+from rlhf_cli.models import packing
+from rlhf_cli.models.heads import PolicyHead
+from rlhf_cli.objectives import dpo, ppo_clip
+from rlhf_cli.reduce import sequence_mean
+from rlhf_cli.types import Experience, Term, Update
+
+LR = 1e-3
+SETUP = Setup(
+    zero=0, bf16=False, offload="none", budget=24, packing=True, lr=LR, betas=(0.9, 0.999), eps=1e-2, weight_decay=0.01, clip=0.5, extra={}
+)  # fmt: skip
+surrogate = Term("surrogate", partial(ppo_clip, eps_low=0.2, eps_high=0.2, dual_clip=None), sequence_mean)
+preference = Term("preference", partial(dpo, beta=0.3, label_smoothing=0.0))
+FUSED, COUPLED = Update((surrogate,)), Update((preference, surrogate))
+SCHEDULE = (FUSED, COUPLED, FUSED)
+
+
+def experience() -> Experience:
+    """Eight ragged rows in four groups of two, pairs across groups."""
+    g = torch.Generator().manual_seed(0)
+    n, t = 8, 14
+    ids = torch.randint(0, 50, (n, t), generator=g)
+    ids[1::2, :4] = ids[::2, :4]
+    attention = torch.arange(t) < torch.randint(6, t + 1, (n, 1), generator=g)
+    mask = attention & (torch.arange(t) >= 4)
+
+    def noise(scale: float) -> Tensor:
+        return scale * torch.randn(n, t, generator=g) * mask
+
+    return Experience(
+        ids=ids * attention, attention=attention, mask=mask, group=torch.arange(n) // 2,
+        pairs=torch.tensor([[0, 5], [1, 6], [2, 7], [3, 4]]), ref_logp=-4 * mask + noise(0.5), old_logp=-4 * mask + noise(0.2),
+        advantage=noise(2.0),
+    )  # fmt: skip
+
+
+def head(dtype: torch.dtype = torch.float32) -> PolicyHead:
+    """A tied two-layer Llama; equal at every call."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    packing.register()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            attn_implementation=packing.ATTENTION, tie_word_embeddings=True,
+        )  # fmt: skip
+        return PolicyHead(LlamaForCausalLM(config).eval().to(dtype), temperature=1.0, packing=True)
+
+
+def engine(comm: Comm, **changes: Any) -> DeepSpeedEngine:
+    return DeepSpeedEngine("policy", head(torch.bfloat16 if changes.get("bf16") else torch.float32), replace(SETUP, **changes), comm)
+
+
+def weights(e: DeepSpeedEngine) -> dict[str, Tensor]:
+    """Whole weights, copied."""
+    trained = set(e.trained)
+    return {name: value.clone() for name, value in e.full_state() if name in trained}
+
+
+def steps(e: DeepSpeedEngine, updates: tuple[Update, ...] = SCHEDULE) -> list[dict[str, float]]:
+    return [e.step(experience(), u, lr=LR) for u in updates]
+
+
+def main(out: Path) -> None:
+    """Every stage: steps, a checkpoint, more steps, and the same again from the checkpoint."""
+    comm = start(torch.device("cpu"))
+    for zero in (0, 1, 2, 3):
+        e = engine(comm, zero=zero)
+        stats = steps(e)
+        folder = out / f"zero{zero}"
+        folder.mkdir(exist_ok=True)
+        comm.barrier()
+        state = e.save(folder)
+        comm.barrier()
+        before = weights(e)
+        more = steps(e, (COUPLED, FUSED))
+        after = weights(e)
+        e.load(folder, state)
+        loaded = weights(e)
+        again = steps(e, (COUPLED, FUSED))
+        final = weights(e)
+        if comm.rank == 0:
+            kept = {"stats": stats, "more": more, "again": again, "before": before, "loaded": loaded, "after": after, "final": final}
+            torch.save(copy.deepcopy(kept) | {"state": state, "world": comm.world}, folder / "kept.pt")
+        comm.barrier()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))
