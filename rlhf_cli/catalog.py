@@ -18,6 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from rlhf_cli import config
 from rlhf_cli.config import nearest
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.signature import source_file
@@ -155,6 +156,8 @@ def _default(value: ast.expr | None) -> str:
     made = value.keywords[0].value if isinstance(value, ast.Call) and value.keywords else value
     if isinstance(made, ast.Lambda):
         made = made.body
+    if isinstance(made, ast.Call):  # list(CONSTANT)
+        return typed(list(getattr(config, ast.unparse(made.args[0]))))
     if isinstance(made, ast.Name):
         return "{}" if made.id == "dict" else "[]"
     return typed(ast.literal_eval(made)) if made is not None else ""

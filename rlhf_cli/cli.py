@@ -83,7 +83,7 @@ def plan(request: Request) -> int:
     cfg = compose(request)
     if request.cfg:
         return print_config(cfg)
-    from rlhf_cli.plan import describe
+    from rlhf_cli.report.planned import describe
 
     print(describe(cfg))
     return DONE

@@ -16,6 +16,9 @@ from rlhf_cli.signature import PACKAGE, REQUIRED, Param, Signature, signature
 __all__ = ["ConfigError", "build", "check_node", "nearest", "schema"]
 
 
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
 @dataclass
 class RunSection:
     """Where the run lives."""
@@ -75,7 +78,7 @@ class GatesSection:
     advantage: float = 100.0  # largest |advantage| allowed
     constant_steps: int = 20  # steps in a row with one constant reward allowed
     failures: float = 0.1  # largest fraction of failed rewards in a step
-    invariance: float = 0.0  # largest log-prob change under re-batching allowed, nats; 0: by precision
+    invariance: float = 0.0  # mean |log-prob change| under re-batching allowed, nats; 0: by precision
 
 
 @dataclass
@@ -94,7 +97,7 @@ class LoraSection:
 
     r: int = 0  # rank; 0 trains every weight
     alpha: float = 32.0  # scale is alpha / r
-    targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+    targets: list[str] = field(default_factory=lambda: list(PROJECTIONS))  # names of the linear layers that get one
     merge_export: bool = True  # export/ holds merged weights instead of the adapter
 
 
@@ -217,7 +220,9 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
     return f"; did you mean {match[0]!r}?" if match else ""
 
 
-def check_node(node: Mapping[str, Any], key: str, *, allow: Iterable[str] = (), reserved: Iterable[str] = ()) -> tuple[Signature, dict[str, Any]]:
+def check_node(
+    node: Mapping[str, Any], key: str, *, allow: Iterable[str] = (), reserved: Iterable[str] = ()
+) -> tuple[Signature, dict[str, Any]]:
     """Check a node's target, names and types without importing the target. Returns its signature and converted settings.
 
     `key` is the node's place in the config, for messages; `reserved` keys belong to the caller and are left out.
@@ -228,21 +233,27 @@ def check_node(node: Mapping[str, Any], key: str, *, allow: Iterable[str] = (), 
         raise ConfigError(f"{key}: has no _target_; pick an option of that group instead (rlhf list)")
     module = target.rpartition(".")[0]
     if not any(module == a or module.startswith(a + ".") for a in (PACKAGE, *allow)):
-        raise ConfigError(f"{key}._target_: {target} is outside {PACKAGE}; allow its module with allow_targets=[{module}]")
+        raise ConfigError(
+            f"{key}._target_: {target} is outside {PACKAGE}; allow its module with allow_targets=[{module}]"
+        )
     sig = signature(target)
     for name in reserved:
         settings.pop(name, None)
     for name in settings:
         if name not in sig.params:
             allowed = ", ".join(sig.params) or "no settings"
-            raise ConfigError(f"{key}.{name}: unknown; {target.rpartition('.')[2]} takes {allowed}{nearest(name, sig.params)}")
+            raise ConfigError(
+                f"{key}.{name}: unknown; {target.rpartition('.')[2]} takes {allowed}{nearest(name, sig.params)}"
+            )
     absent = [p.name for p in sig.params.values() if p.default is REQUIRED and p.name not in settings]
     if absent:
         raise ConfigError(f"{key}.{absent[0]}: missing; type {key}.{absent[0]}=VALUE ({sig.params[absent[0]].type})")
     return sig, _convert(settings, sig.params, key)
 
 
-def build(node: Mapping[str, Any], key: str, *, allow: Iterable[str] = (), reserved: Iterable[str] = ()) -> Callable[..., Any]:
+def build(
+    node: Mapping[str, Any], key: str, *, allow: Iterable[str] = (), reserved: Iterable[str] = ()
+) -> Callable[..., Any]:
     """The node's target with its settings bound: `functools.partial` of a function, or an instance of a class."""
     sig, settings = check_node(node, key, allow=allow, reserved=reserved)
     module, _, name = sig.target.rpartition(".")
@@ -263,7 +274,9 @@ def _convert(settings: dict[str, Any], params: Mapping[str, Param], key: str) ->
         p = params[name]
         if p.choices and value not in p.choices:
             allowed = ", ".join(map(str, p.choices))
-            raise ConfigError(f"{key}.{name}: {value!r} is not allowed; choose one of {allowed}{nearest(str(value), map(str, p.choices))}")
+            raise ConfigError(
+                f"{key}.{name}: {value!r} is not allowed; choose one of {allowed}{nearest(str(value), map(str, p.choices))}"
+            )
         typed = make_dataclass("Node", [(name, _type(p.type), field(default=None))])  # type: ignore[arg-type]
         try:
             made = OmegaConf.merge(OmegaConf.structured(typed), {name: value})
@@ -276,7 +289,11 @@ def _convert(settings: dict[str, Any], params: Mapping[str, Param], key: str) ->
 
 
 def _type(text: str) -> Any:
-    base = text.replace(" | None", "").replace("Optional[", "").rstrip("]") if "[" not in text else text.replace(" | None", "")
+    base = (
+        text.replace(" | None", "").replace("Optional[", "").rstrip("]")
+        if "[" not in text
+        else text.replace(" | None", "")
+    )
     if base in _SCALARS:
         return _SCALARS[base] | None
     return Any

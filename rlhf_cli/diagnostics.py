@@ -10,6 +10,11 @@ def ratio_mean(logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
     return _mean((logp - old_logp).clamp(-20, 20).exp(), mask)
 
 
+def ratio_gap(logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
+    """Mean |importance ratio - 1| over trained tokens: 0 on-policy."""
+    return _mean(((logp - old_logp).clamp(-20, 20).exp() - 1).abs(), mask)
+
+
 def ratio_max(logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
     """Largest importance ratio over trained tokens."""
     return (((logp - old_logp).clamp(-20, 20) * mask).exp()).max()
@@ -64,6 +69,7 @@ def _ordered(x: Tensor, pairs: Tensor) -> Tensor:
 
 DIAGNOSTICS = {
     "ratio_mean": ratio_mean,
+    "ratio_gap": ratio_gap,
     "ratio_max": ratio_max,
     "kl_old": kl_old,
     "kl": kl_reference,

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rlhf_cli.config import check_node, nearest
@@ -52,19 +48,35 @@ def validate(cfg: Any) -> Plan:
     _scorers(cfg, plan, have)
     _select(cfg, plan, have)
     terms = list(_terms(cfg))
-    shapers = [(f"shaping.{k}", _check(cfg, v, f"shaping.{k}")) for k, v in (cfg.shaping or {}).items() if v and plan.source == "sampled"]
+    if not terms:
+        raise ConfigError("updates is empty: no learner has a term; choose an algorithm (rlhf list algo)")
+    shapers = [
+        (f"shaping.{k}", _check(cfg, v, f"shaping.{k}"))
+        for k, v in (cfg.shaping or {}).items()
+        if v and plan.source == "sampled"
+    ]
     credit = _check(cfg, cfg.credit, "credit") if cfg.credit else None
     takers = [s for _, s in shapers] + ([credit] if credit else []) + [s for *_, s in terms]
     _annotate(cfg, plan, have, frozenset().union(*(s.columns for s in takers)) if takers else frozenset())
     for name, sig in shapers:
         _stage(cfg, plan, have, name, sig, ())
     if "score" in have:
-        plan.stages.append(Stage("reward", "the score lands on the last trained token", frozenset({"score", "mask"}), ("reward",)))
+        plan.stages.append(
+            Stage("reward", "the score lands on the last trained token", frozenset({"score", "mask"}), ("reward",))
+        )
         have.add("reward")
     if credit is not None:
-        _stage(cfg, plan, have, "credit", credit, ("advantage", "returns"))
+        _stage(cfg, plan, have, "credit", credit, credit.gives or ("advantage", "returns"))
     for learner, term, role, sig in terms:
-        _stage(cfg, plan, have | set(HEADS[plan.learners[learner]]), f"updates.{learner}.{term}.{role}", sig, (), extra=learner)
+        _stage(
+            cfg,
+            plan,
+            have | set(HEADS[plan.learners[learner]]),
+            f"updates.{learner}.{term}.{role}",
+            sig,
+            (),
+            extra=learner,
+        )
     _unused(plan, terms)
     return plan
 
@@ -73,7 +85,9 @@ def source_kind(cfg: Any) -> str:
     """`sampled` or `recorded`: what conf/source says, or what the dataset holds."""
     kind = (cfg.source or {}).get("kind", "auto")
     if kind not in ("auto", "sampled", "recorded"):
-        raise ConfigError(f"source.kind: {kind!r} is not allowed; choose one of auto, sampled, recorded{nearest(kind, ('sampled', 'recorded'))}")
+        raise ConfigError(
+            f"source.kind: {kind!r} is not allowed; choose one of auto, sampled, recorded{nearest(kind, ('sampled', 'recorded'))}"
+        )
     if kind != "auto":
         return kind
     return "recorded" if "responses" in _dataset_gives(cfg) else "sampled"
@@ -93,13 +107,17 @@ def _short(sig: Signature) -> str:
     return sig.target.rpartition(".")[2]
 
 
-def _stage(cfg: Any, plan: Plan, have: set[str], name: str, sig: Signature, gives: tuple[str, ...], extra: str = "") -> None:
+def _stage(
+    cfg: Any, plan: Plan, have: set[str], name: str, sig: Signature, gives: tuple[str, ...], extra: str = ""
+) -> None:
     """Append a stage after checking its columns."""
     absent = sorted(set(sig.columns) - have)
     if absent:
         raise ConfigError(f"{name}: {_short(sig)} needs {absent[0]}; {_why_absent(cfg, plan, absent[0], extra)}")
     if "group" in sig.columns and plan.source == "sampled" and cfg.batch.samples < 2:
-        raise ConfigError(f"{name}: {_short(sig)} compares the responses to one prompt, and batch.samples={cfg.batch.samples}; type batch.samples=4 or more")
+        raise ConfigError(
+            f"{name}: {_short(sig)} compares the responses to one prompt, and batch.samples={cfg.batch.samples}; type batch.samples=4 or more"
+        )
     plan.stages.append(Stage(name, _short(sig), frozenset(sig.columns), gives or sig.gives))
     have.update(gives or sig.gives)
 
@@ -108,7 +126,11 @@ def _why_absent(cfg: Any, plan: Plan, column: str, learner: str) -> str:
     if column == "pairs":
         return "no stage makes pairs: choose a dataset with preferences (dataset=preferences), or a reward and select=best_vs_worst"
     if column in ("score", "reward"):
-        return "no reward gives a score: type reward=bleu (rlhf list reward)" if plan.source == "sampled" else "recorded rows have no score: type source=sampled"
+        return (
+            "no reward gives a score: type reward=bleu (rlhf list reward)"
+            if plan.source == "sampled"
+            else "recorded rows have no score: type source=sampled"
+        )
     if column in ("value", "value_new"):
         return "no critic in updates: add a learner with head=value, as algo=ppo does"
     if column == "score_new":
@@ -130,10 +152,19 @@ def _source(cfg: Any, plan: Plan, have: set[str]) -> None:
     if plan.source == "sampled":
         have.update(SAMPLED)
         plan.models["policy"] = "answers the prompts"
-        plan.stages.append(Stage("source", f"sample {cfg.batch.samples} responses to each prompt of {where}", frozenset(), (*BASE, *SAMPLED)))
+        plan.stages.append(
+            Stage(
+                "source",
+                f"sample {cfg.batch.samples} responses to each prompt of {where}",
+                frozenset(),
+                (*BASE, *SAMPLED),
+            )
+        )
         return
     if not gives & {"responses", "references"}:
-        raise ConfigError("source=recorded: the dataset records no responses; use shape pairs, rankings, thumbs or demonstrations, or source=sampled")
+        raise ConfigError(
+            "source=recorded: the dataset records no responses; use shape pairs, rankings, thumbs or demonstrations, or source=sampled"
+        )
     made = tuple(c for c in ("pairs", "margin", "label") if c in gives)
     have.update(made)
     plan.stages.append(Stage("source", f"read recorded responses of {where}", frozenset(), (*BASE, *made)))
@@ -147,15 +178,27 @@ def _scorers(cfg: Any, plan: Plan, have: set[str]) -> None:
     for name, node in (cfg.reward or {}).items():
         sig = _check(cfg, node, f"reward.{name}", reserved=("weight",))
         if sig.flags.get("needs_references") and "references" not in _dataset_gives(cfg):
-            raise ConfigError(f"reward={name} compares with references, and this dataset maps none; type dataset.columns.references=COLUMN, or another reward")
-        plan.stages.append(Stage(f"reward.{name}", f"{_short(sig)} x {float(node.get('weight', 1.0)):g}", frozenset(), ("score",)))
+            raise ConfigError(
+                f"reward={name} compares with references, and this dataset maps none; type dataset.columns.references=COLUMN, or another reward"
+            )
+        if "path" in sig.params and not node.get("path"):
+            raise ConfigError(
+                f"reward.{name}.path is empty; type reward.{name}.path={'RUN' if name == 'model' else 'FILE:FUNCTION'}"
+            )
+        plan.stages.append(
+            Stage(f"reward.{name}", f"{_short(sig)} x {float(node.get('weight', 1.0)):g}", frozenset(), ("score",))
+        )
         have.add("score")
         if node.get("path") and name == "model":
             plan.models["reward model"] = f"scores responses ({node['path']})"
 
 
 def _select(cfg: Any, plan: Plan, have: set[str]) -> None:
-    if not cfg.select or plan.source != "sampled":
+    if not cfg.select:
+        return
+    if plan.source != "sampled":
+        if cfg.select.get("_target_", "").rpartition(".")[2] not in ("keep_all", ""):
+            plan.notes.append("select is not used: recorded rows carry their own pairs")
         return
     sig = _check(cfg, cfg.select, "select")
     _stage(cfg, plan, have, "select", sig, sig.gives)
@@ -163,8 +206,6 @@ def _select(cfg: Any, plan: Plan, have: set[str]) -> None:
 
 def _terms(cfg: Any) -> Iterable[tuple[str, str, str, Signature]]:
     """(learner, term, objective or reduce, signature) of every function in `updates`."""
-    if not cfg.updates:
-        raise ConfigError("updates is empty: no learner has a term; choose an algorithm (rlhf list algo)")
     for learner, terms in cfg.updates.items():
         for term, node in (terms or {}).items():
             if node is None:
@@ -172,9 +213,13 @@ def _terms(cfg: Any) -> Iterable[tuple[str, str, str, Signature]]:
             key = f"updates.{learner}.{term}"
             for k in node:
                 if k not in TERM_KEYS:
-                    raise ConfigError(f"{key}.{k}: unknown; a term has {', '.join(TERM_KEYS)}{nearest(str(k), TERM_KEYS)}")
+                    raise ConfigError(
+                        f"{key}.{k}: unknown; a term has {', '.join(TERM_KEYS)}{nearest(str(k), TERM_KEYS)}"
+                    )
             if not node.get("objective"):
-                raise ConfigError(f"{key}: has no objective; choose one (rlhf list objective), or delete the term with {key}=null")
+                raise ConfigError(
+                    f"{key}: has no objective; choose one (rlhf list objective), or delete the term with {key}=null"
+                )
             yield learner, term, "objective", _check(cfg, node["objective"], f"{key}.objective")
             if node.get("reduce"):
                 yield learner, term, "reduce", _check(cfg, node["reduce"], f"{key}.reduce")
@@ -186,7 +231,9 @@ def learner_sections(cfg: Any) -> dict[str, Any]:
 
     idle = [name for name in cfg.learners if name not in cfg.updates]
     if idle:
-        raise ConfigError(f"learners.{idle[0]}: nothing in updates trains it; updates has {', '.join(cfg.updates)}{nearest(idle[0], cfg.updates)}")
+        raise ConfigError(
+            f"learners.{idle[0]}: nothing in updates trains it; updates has {', '.join(cfg.updates)}{nearest(idle[0], cfg.updates)}"
+        )
     sections = {}
     for name in cfg.updates:
         if not any(v is not None for v in (cfg.updates[name] or {}).values()):
@@ -201,7 +248,9 @@ def learner_sections(cfg: Any) -> dict[str, Any]:
 def _annotate(cfg: Any, plan: Plan, have: set[str], wanted: frozenset[str]) -> None:
     for name, section in learner_sections(cfg).items():
         if section.head not in HEADS:
-            raise ConfigError(f"learners.{name}.head: {section.head!r} is not allowed; choose one of {', '.join(HEADS)}{nearest(section.head, HEADS)}")
+            raise ConfigError(
+                f"learners.{name}.head: {section.head!r} is not allowed; choose one of {', '.join(HEADS)}{nearest(section.head, HEADS)}"
+            )
         plan.learners[name] = section.head
         plan.models[name] = "trained" + (f"; {plan.models[name]}" if name in plan.models else "")
     policy = plan.learners.get("policy") == "policy" or plan.source == "sampled"
@@ -231,7 +280,9 @@ def _unused(plan: Plan, terms: list[tuple[str, str, str, Signature]]) -> None:
     used = {c for s in plan.stages for c in s.needs}
     dense = [s.name for s in plan.stages if s.name.startswith("shaping.") and "score" not in s.needs]
     if dense and "reward" not in used:
-        raise ConfigError(f"{dense[0]} gives token rewards, and no stage reads them: choose a credit that takes `reward` (credit=group_norm_to_go, credit=gae)")
+        raise ConfigError(
+            f"{dense[0]} gives token rewards, and no stage reads them: choose a credit that takes `reward` (credit=group_norm_to_go, credit=gae)"
+        )
     for made in ("advantage",):
         if any(made in s.gives for s in plan.stages) and made not in used:
             plan.notes.append(f"{made} is computed and not used")
@@ -239,145 +290,52 @@ def _unused(plan: Plan, terms: list[tuple[str, str, str, Signature]]) -> None:
 
 def _check_numbers(cfg: Any) -> None:
     """Cross-field checks of plain settings."""
-    b = cfg.batch
-    for key, value in (("batch.prompts", b.prompts), ("batch.samples", b.samples), ("batch.epochs", b.epochs), ("batch.minibatches", b.minibatches)):
-        if value < 1:
-            raise ConfigError(f"{key}={value}: must be at least 1")
-    if b.prompts % b.minibatches:
-        raise ConfigError(f"batch.prompts={b.prompts} does not divide into batch.minibatches={b.minibatches} of whole groups; choose a divisor")
-    for key in cfg.debug:
-        if key not in SWITCHES:
-            raise ConfigError(f"debug.{key}: unknown; its switches: {', '.join(SWITCHES)}{nearest(str(key), SWITCHES)}")
-    if cfg.steps < 0:
-        raise ConfigError(f"steps={cfg.steps}: must be at least 0")
-    if cfg.model.lora.r and cfg.model.reference != "auto":
-        raise ConfigError("model.reference loads a second full model, and under LoRA the disabled adapter is the reference; drop one of the two")
-    if cfg.rollout.min_tokens > cfg.rollout.max_tokens:
-        raise ConfigError(f"rollout.min_tokens={cfg.rollout.min_tokens} is above rollout.max_tokens={cfg.rollout.max_tokens}")
+    b, hw = cfg.batch, cfg.hardware
+    for key, value, least in (
+        ("batch.prompts", b.prompts, 1),
+        ("batch.samples", b.samples, 1),
+        ("batch.epochs", b.epochs, 1),
+        ("batch.minibatches", b.minibatches, 1),
+        ("rollout.max_tokens", cfg.rollout.max_tokens, 1),
+        ("steps", cfg.steps, 0),
+        ("model.lora.r", cfg.model.lora.r, 0),
+    ):
+        if value < least:
+            raise ConfigError(f"{key}={value}: must be at least {least}")
     for key, value, allowed in (
-        ("hardware.precision", cfg.hardware.precision, ("auto", "fp32", "bf16")),
-        ("hardware.device", cfg.hardware.device, ("auto", "cpu", "cuda")),
-        ("hardware.offload", cfg.hardware.offload, ("none", "cpu", "nvme")),
+        ("hardware.precision", hw.precision, ("auto", "fp32", "bf16")),
+        ("hardware.device", hw.device, ("auto", "cpu", "cuda")),
+        ("hardware.offload", hw.offload, ("none", "cpu", "nvme")),
+        ("hardware.zero", hw.zero, (0, 1, 2, 3)),
         ("optim.schedule", cfg.optim.schedule, ("constant", "linear", "cosine")),
     ):
         if value not in allowed:
-            raise ConfigError(f"{key}: {value!r} is not allowed; choose one of {', '.join(allowed)}{nearest(value, allowed)}")
-    if cfg.hardware.zero not in (0, 1, 2, 3):
-        raise ConfigError(f"hardware.zero={cfg.hardware.zero}: choose 0, 1, 2 or 3")
-    if cfg.hardware.offload != "none" and cfg.hardware.zero < 2:
-        raise ConfigError(f"hardware.offload={cfg.hardware.offload} needs hardware.zero=2 or 3; it is {cfg.hardware.zero}")
+            choices = ", ".join(map(str, allowed))
+            raise ConfigError(
+                f"{key}: {value!r} is not allowed; choose one of {choices}{nearest(str(value), map(str, allowed))}"
+            )
+    for wrong, message in _conflicts(cfg):
+        if wrong:
+            raise ConfigError(message)
 
 
-# -- hardware, resolved without torch ----------------------------------------------------------------------------------
-
-
-def resolve_hardware(cfg: Any) -> dict[str, Any]:
-    """The `auto` values of `hardware`, decided for this machine."""
-    gpus = _gpus()
-    device = cfg.hardware.device if cfg.hardware.device != "auto" else ("cuda" if gpus else "cpu")
-    if device == "cuda" and not gpus:
-        raise ConfigError("hardware.device=cuda: no NVIDIA GPU is visible; type hardware=cpu")
-    processes = cfg.hardware.processes or (gpus if device == "cuda" else 1)
-    if device == "cuda" and processes > gpus:
-        raise ConfigError(f"hardware.processes={processes}: {gpus} GPUs are visible")
-    precision = cfg.hardware.precision
-    if precision == "auto":
-        precision = "bf16" if device == "cuda" or _cpu_has("amx_bf16") else "fp32"
-    threads = cfg.hardware.threads or max(1, len(os.sched_getaffinity(0)) // processes)
-    budget = cfg.hardware.micro_batch_tokens or (16384 if device == "cuda" else 2048)
-    return {"device": device, "processes": processes, "precision": precision, "threads": threads, "micro_batch_tokens": budget}
-
-
-def _gpus() -> int:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([x for x in visible.split(",") if x.strip() and x.strip() != "-1"])
-    if not shutil.which("nvidia-smi"):
-        return 0
-    return len([p for p in Path("/dev").glob("nvidia[0-9]*") if p.name[6:].isdigit()])
-
-
-def _cpu_has(flag: str) -> bool:
-    try:
-        return flag in Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
-    except OSError:
-        return False
-
-
-# -- the printed plan --------------------------------------------------------------------------------------------------
-
-
-def describe(cfg: Any) -> str:
-    """The plan as text: what runs, in which order, on what, and what it needs."""
-    plan, hw = validate(cfg), resolve_hardware(cfg)
-    world, b = hw["processes"], cfg.batch
-    names = dict(cfg.names)
-    title = " ".join(f"{k}={names[k]}" for k in ("algo", "reward", "dataset", "model") if names.get(k))
-    lines = [title, "", "Batch"]
-    if plan.source == "sampled":
-        lines.append(f"  {b.prompts} prompts x {b.samples} samples = {b.prompts * b.samples} rows a step, over {world} process(es)")
-        lines.append(f"  {cfg.steps} steps x {b.epochs} epoch(s) x {b.minibatches} minibatch(es) = {cfg.steps * b.epochs * b.minibatches} optimizer steps")
-        lines.append(f"  at most {b.prompts * b.samples * cfg.rollout.max_tokens} new tokens a step ({cfg.rollout.max_tokens} per response)")
-    else:
-        lines.append(f"  {b.prompts} records a step with all their responses, over {world} process(es)")
-        lines.append(f"  {cfg.steps} steps x {b.epochs} epoch(s) x {b.minibatches} minibatch(es) = {cfg.steps * b.epochs * b.minibatches} optimizer steps")
-    lines.append(f"  micro-batches of up to {hw['micro_batch_tokens']} tokens; the gradient does not depend on them")
-    lines += ["", "Hardware", f"  {hw['device']}, {world} process(es) x {hw['threads']} thread(s), {hw['precision']}, ZeRO-{cfg.hardware.zero}, offload {cfg.hardware.offload}"]
-    lines += ["", "Models"] + [f"  {name:<14}{why}" for name, why in plan.models.items()]
-    lines += ["", "Memory per process (estimate)"] + _memory(cfg, plan, hw)
-    lines += ["", "Flow"] + [f"  {s.name:<34}{s.does}" for s in plan.stages]
-    lines += ["", "Columns", f"  {'':<16}{'made by':<32}taken by"]
-    lines += [f"  {c:<16}{who:<32}{', '.join(takers) or '-'}" for c, who, takers in _columns(plan)]
-    if plan.notes:
-        lines += ["", "Notes"] + [f"  {n}" for n in plan.notes]
-    return "\n".join(lines)
-
-
-def _columns(plan: Plan) -> Iterable[tuple[str, str, list[str]]]:
-    made: dict[str, str] = {}
-    for s in plan.stages:
-        for c in s.gives:
-            made.setdefault(c, s.name)
-    outputs = {c: f"{learner} forward" for learner, head in plan.learners.items() for c in HEADS[head]}
-    for c, who in {**made, **outputs}.items():
-        yield c, who, [s.name for s in plan.stages if c in s.needs]
-
-
-def parameters(cfg: Any) -> float | None:
-    """Parameters of the model, in billions, from its files or its name; None when neither tells."""
-    if cfg.model.source == "smollm2":
-        return 0.1345
-    if cfg.model.source == "tiny":
-        return 0.0001
-    folder = Path(cfg.model.path) if cfg.model.path else None
-    if folder and folder.is_dir():
-        size = sum(f.stat().st_size for f in folder.rglob("*.safetensors"))
-        return size / 4e9 if size else None
-    match = re.search(r"(\d+(?:\.\d+)?)\s*([bm])\b", cfg.model.path.lower().replace("_", "-"))
-    return float(match[1]) / (1 if match[2] == "b" else 1000) if match else None
-
-
-def _memory(cfg: Any, plan: Plan, hw: Mapping[str, Any]) -> list[str]:
-    n = parameters(cfg)
-    if n is None:
-        return ["  unknown: the model is neither local nor named by its size"]
-    world, zero, low = hw["processes"], cfg.hardware.zero, 2 if hw["precision"] == "bf16" else 4
-    trained = n * 0.02 if cfg.model.lora.r else n
-    rows = []
-    for name in plan.learners:
-        weights = n * low / (world if zero == 3 else 1)
-        gradients = trained * 4 / (world if zero >= 2 else 1)
-        state = trained * (8 + (4 if low == 2 else 0)) / (world if zero >= 1 else 1)
-        offloaded = " (state offloaded)" if cfg.hardware.offload != "none" else ""
-        rows.append((name, weights + gradients + (0 if offloaded else state), f"weights {weights:.2f} + gradients {gradients:.2f} + AdamW {state:.2f}{offloaded}"))
-    if "reference" in plan.models and not cfg.model.lora.r:
-        rows.append(("reference", n * low, "frozen weights"))
-    rows.append(("activations", _activations(n, hw["micro_batch_tokens"], low), f"one micro-batch of {hw['micro_batch_tokens']} tokens"))
-    total = sum(r[1] for r in rows)
-    return [f"  {name:<14}{gb:7.2f} GB   {what}" for name, gb, what in rows] + [f"  {'total':<14}{total:7.2f} GB"]
-
-
-def _activations(billions: float, tokens: int, low: int) -> float:
-    """GB held for the backward pass: about 13 values per hidden unit and layer and token; hidden x layers ~ 17k at 0.13B, growing as n^0.6."""
-    units = 17_000 * (billions / 0.1345) ** 0.6
-    return tokens * units * 26 * low / 2**30 + 3 * 1024 * 50_000 * 4 / 2**30
+def _conflicts(cfg: Any) -> Iterable[tuple[bool, str]]:
+    """(does it hold, what to say) of settings that exclude each other."""
+    b, r, hw = cfg.batch, cfg.rollout, cfg.hardware
+    yield (
+        b.prompts % b.minibatches > 0,
+        f"batch.prompts={b.prompts} does not divide into batch.minibatches={b.minibatches} of whole groups; choose a divisor",
+    )
+    yield (
+        bool(cfg.model.lora.r) and cfg.model.reference != "auto",
+        "model.reference loads a second full model, and under LoRA the disabled adapter is the reference; drop one of the two",
+    )
+    yield r.min_tokens > r.max_tokens, f"rollout.min_tokens={r.min_tokens} is above rollout.max_tokens={r.max_tokens}"
+    yield (
+        len(cfg.optim.betas) != 2,
+        f"optim.betas={list(cfg.optim.betas)}: AdamW takes two numbers, e.g. optim.betas=[0.9,0.999]",
+    )
+    yield (
+        hw.offload != "none" and hw.zero < 2,
+        f"hardware.offload={hw.offload} needs hardware.zero=2 or 3; it is {hw.zero}",
+    )

@@ -87,7 +87,9 @@ def source_file(module: str) -> Path | None:
 def _definitions(module: str, target: str) -> dict[str, ast.FunctionDef | ast.ClassDef]:
     path = source_file(module)
     if path is None:
-        raise ConfigError(f"_target_ {target}: no module named {module!r}; check the spelling, or put its folder on PYTHONPATH")
+        raise ConfigError(
+            f"_target_ {target}: no module named {module!r}; check the spelling, or put its folder on PYTHONPATH"
+        )
     tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
     return {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
 
@@ -131,7 +133,7 @@ def _param(name: str, annotation: ast.expr | None, default: ast.expr | None, doc
     if text.startswith("Literal["):
         value = ast.literal_eval(annotation.slice)  # type: ignore[union-attr]
         choices = value if isinstance(value, tuple) else (value,)
-        text = "str"
+        text = type(choices[0]).__name__
     try:
         known = REQUIRED if default is None else ast.literal_eval(default)
     except ValueError:

@@ -39,7 +39,9 @@ def scoring(scorer: Scorer, comm: Comm, max_failures: float) -> Stage:
         scores = score_sharded(scorer, exp, comm)
         missing = scores.missing if scores.missing is not None else torch.zeros(len(exp), dtype=torch.bool)
         if missing.float().mean() > max_failures:
-            raise GateError(f"{int(missing.sum())} of {len(exp)} rewards failed; more than reward failures of {max_failures:.0%} stop the run")
+            raise GateError(
+                f"{int(missing.sum())} of {len(exp)} rewards failed; more than reward failures of {max_failures:.0%} stop the run"
+            )
         exp = replace(exp, score=scores.value, components=dict(scores.components))
         return exp.rows((~missing).nonzero().flatten()) if missing.any() else exp
 

@@ -191,7 +191,9 @@ class Run:
     updates: Mapping[str, Update]
     minibatches: Callable[[Experience, int], Iterator[Tensor]]
     lr: Callable[[str, int], float]
-    check: Callable[[int, Experience, Mapping[str, Sequence[Mapping[str, float]]]], None]  # gates that need a finished step
+    check: Callable[
+        [int, Experience, Mapping[str, Sequence[Mapping[str, float]]]], None
+    ]  # gates that need a finished step
     after: Callable[[int], bool]  # evaluate, checkpoint; True asks the loop to stop
     record: Record
     start: int

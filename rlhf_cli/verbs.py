@@ -31,7 +31,7 @@ def _device(cfg: Any) -> torch.device:
 def _sampler(cfg: Any, model_cfg: Any, device: torch.device) -> Sampler:
     tokenizer = loading.load_tokenizer(model_cfg)
     model = loading.load_causal(model_cfg, dtype=wiring.dtype_of(cfg), seed=cfg.seed).to(device)
-    return Sampler(model, tokenizer, wiring.decoding_of(cfg), device=device)
+    return wiring.make_sampler(cfg, model, tokenizer, Comm(device))
 
 
 # -- eval --------------------------------------------------------------------------------------------------------------
@@ -53,7 +53,9 @@ def evaluate(cfg: Any) -> int:
         for how, k, temperature in (("greedy", 1, 0.0), ("sampled", cfg.eval.samples, cfg.rollout.temperature)):
             if k:
                 decoding = wiring.decoding_of(cfg, temperature=temperature)
-                columns[f"{name}, {how}"] = held_out.generate_and_score(sampler, scorer, records, encoded, Comm(device), decoding, k=k, seed=cfg.seed)
+                columns[f"{name}, {how}"] = held_out.generate_and_score(
+                    sampler, scorer, records, encoded, Comm(device), decoding, k=k, seed=cfg.seed
+                )
         del sampler
     _print_columns(columns, cfg)
     if cfg.output:
@@ -74,20 +76,26 @@ def _models(cfg: Any) -> dict[str, Any]:
 
 
 def _print_columns(columns: dict[str, list[Row]], cfg: Any) -> None:
-    print(f"\nheld-out {'+'.join(cfg.reward)} on {len({r['uid'] for r in next(iter(columns.values()))})} prompts, 95 % bootstrap intervals\n")
+    print(
+        f"\nheld-out {'+'.join(cfg.reward)} on {len({r['uid'] for r in next(iter(columns.values()))})} prompts, 95 % bootstrap intervals\n"
+    )
     print(f"  {'':<18}{'mean':>8}  {'interval':<20}{'tokens':>7}{'truncated':>11}{'missing':>9}")
     for name, rows in columns.items():
         ci = bootstrap([r["score"] for r in rows if r["score"] is not None], cfg.eval.bootstrap)
         s = held_out.summarise(rows, cfg.eval.bootstrap)
         missing = sum(r["score"] is None for r in rows)
-        print(f"  {name:<18}{ci.mean:>8.4f}  {f'[{ci.low:.4f}, {ci.high:.4f}]':<20}{s['tokens']:>7.1f}{s['truncated']:>11.1%}{missing:>9}")
+        print(
+            f"  {name:<18}{ci.mean:>8.4f}  {f'[{ci.low:.4f}, {ci.high:.4f}]':<20}{s['tokens']:>7.1f}{s['truncated']:>11.1%}{missing:>9}"
+        )
         for part, value in s.items():
             if part.startswith("reward/") and len(cfg.reward) > 1:
                 print(f"    {part.removeprefix('reward/'):<16}{value:>8.4f}")
     for how in ("greedy", "sampled"):
         if f"base, {how}" in columns and f"run, {how}" in columns:
             gain = paired(columns[f"base, {how}"], columns[f"run, {how}"], cfg.eval.bootstrap)
-            print(f"\n  run - base, {how}: {gain}  paired by prompt; the interval {'excludes' if gain.excludes_zero else 'includes'} 0")
+            print(
+                f"\n  run - base, {how}: {gain}  paired by prompt; the interval {'excludes' if gain.excludes_zero else 'includes'} 0"
+            )
 
 
 # -- generate ----------------------------------------------------------------------------------------------------------
@@ -107,7 +115,10 @@ def generate(cfg: Any) -> int:
         print(f"{len(rows)} responses to {len(records)} prompts are in {cfg.output}")
         return 0
     for r in rows:
-        print(json.dumps(r, ensure_ascii=False) if not sys.stdout.isatty() else f"> {r['prompt']}\n{r['response']}\n", flush=True)
+        print(
+            json.dumps(r, ensure_ascii=False) if not sys.stdout.isatty() else f"> {r['prompt']}\n{r['response']}\n",
+            flush=True,
+        )
     return 0
 
 
@@ -116,7 +127,9 @@ def _prompts(cfg: Any) -> list[Record]:
         return load(cfg.dataset, "heldout")
     path = Path(cfg.input)
     if not path.is_file():
-        raise ConfigError(f"input={cfg.input}: no such file; give JSON lines with a prompt column, or a .txt with one prompt a line")
+        raise ConfigError(
+            f"input={cfg.input}: no such file; give JSON lines with a prompt column, or a .txt with one prompt a line"
+        )
     if path.suffix == ".txt":
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         if not lines:
@@ -136,7 +149,14 @@ def _of_input(cfg: Any, shape: str) -> Any:
     suffix = Path(cfg.input).suffix.lstrip(".")
     if suffix not in ("jsonl", "json", "parquet"):
         raise ConfigError(f"input={cfg.input}: unknown ending {suffix!r}; use .jsonl, .json or .parquet")
-    section.update({"format": suffix, "path": cfg.input, "heldout": cfg.input, "shape": shape if cfg.dataset.format == "packaged" else cfg.dataset.shape})
+    section.update(
+        {
+            "format": suffix,
+            "path": cfg.input,
+            "heldout": cfg.input,
+            "shape": shape if cfg.dataset.format == "packaged" else cfg.dataset.shape,
+        }
+    )
     return section
 
 
@@ -166,7 +186,9 @@ def _responses(cfg: Any) -> list[Record]:
     """Recorded responses of `input`, or of the dataset; prompts with references score their own references."""
     records = load(_of_input(cfg, "demonstrations"), "train") if cfg.input else load(cfg.dataset, "heldout")
     if not any(r.responses for r in records):
-        raise ConfigError("score: there are no responses to score; type input=FILE with columns prompt, response and references, or pick a dataset of responses")
+        raise ConfigError(
+            "score: there are no responses to score; type input=FILE with columns prompt, response and references, or pick a dataset of responses"
+        )
     return records
 
 

@@ -16,7 +16,7 @@ from rlhf_cli import gates, stages
 from rlhf_cli.config import build
 from rlhf_cli.data.loading import load
 from rlhf_cli.data.record import Record, as_demonstrations, check_lengths, check_references
-from rlhf_cli.data.text import render, response_ids
+from rlhf_cli.data.text import end_id, render, response_ids
 from rlhf_cli.engine.comm import Comm
 from rlhf_cli.engine.deepspeed import DeepSpeedEngine, Frozen, Setup
 from rlhf_cli.errors import GateError
@@ -25,7 +25,7 @@ from rlhf_cli.models.heads import PolicyHead, ScalarHead, inner
 from rlhf_cli.models.lora import add_lora, reference_disabled
 from rlhf_cli.plan import Plan, learner_sections, validate
 from rlhf_cli.rewards.combine import Combined
-from rlhf_cli.rollout.sampler import Decoding, Sampler, eos_ids
+from rlhf_cli.rollout.sampler import Decoding, Sampler
 from rlhf_cli.sources.assemble import rows, sample_of
 from rlhf_cli.sources.recorded import Recorded
 from rlhf_cli.sources.sampled import Sampled
@@ -39,6 +39,7 @@ class Parts:
     plan: Plan
     tokenizer: Any
     engines: dict[str, DeepSpeedEngine]
+    heads: list[Any]  # of the learners and the reference
     sampler: Sampler | None
     eval_scorer: Scorer | None  # the training reward on held-out prompts; None where the records do not allow it
     probe: Callable[[Run], Experience]  # a few rows for the gates at the start
@@ -52,7 +53,8 @@ class Parts:
 def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
     """Build everything a training run needs. Raises ConfigError for what only data and models can tell."""
     plan = validate(cfg)
-    scorer = make_scorer(cfg) if plan.source == "sampled" else None
+    sampled = plan.source == "sampled"
+    scorer = make_scorer(cfg) if sampled else None
     tokenizer = loading.load_tokenizer(cfg.model)
     train, heldout = load_records(cfg, plan)
     require_references(scorer, [*train, *heldout])
@@ -60,52 +62,49 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
     encoded_heldout = encode(heldout, tokenizer, cfg)
 
     packing.register()
-    heads = {name: make_head(cfg, s, comm, plan) for name, s in learner_sections(cfg).items()}
+    sections = learner_sections(cfg)
+    heads = {name: make_head(cfg, section, comm, plan) for name, section in sections.items()}
     reference = make_reference(cfg, heads, plan, comm)
-    sharded = cfg.hardware.zero == 3
-    sampled = plan.source == "sampled"
     scorable = plan.learners.get("policy") == "policy" and can_score(cfg, heldout)
-    if "policy" in heads:
-        actor = copy.deepcopy(heads["policy"].model) if sharded else heads["policy"].model
-    else:
-        actor = loading.load_causal(cfg.model, dtype=dtype_of(cfg), seed=cfg.seed).to(comm.device).eval() if plan.source == "sampled" else None
-    engines = {n: DeepSpeedEngine(n, head, setup_of(cfg, s), comm) for (n, head), s in zip(heads.items(), learner_sections(cfg).values(), strict=True)}
-    sampler = Sampler(actor, tokenizer, decoding_of(cfg), device=comm.device) if actor is not None and (sampled or scorable) else None
-
+    actor = make_actor(cfg, heads, plan, comm) if sampled or scorable else None
+    engines = {name: DeepSpeedEngine(name, head, setup_of(cfg, sections[name]), comm) for name, head in heads.items()}
+    sampler = make_sampler(cfg, actor, tokenizer, comm) if actor is not None else None
+    sharded = cfg.hardware.zero == 3
     publish = partial(refresh, actor, engines.get("policy")) if sharded and "policy" in engines else _nothing
     if sampled:
         assert sampler is not None
-        source: Any = Sampled(train, encoded, sampler, publish, comm, prompts=cfg.batch.prompts, samples=cfg.batch.samples, seed=cfg.seed)
+        source: Any = Sampled(
+            train, encoded, sampler, publish, comm, prompts=cfg.batch.prompts, samples=cfg.batch.samples, seed=cfg.seed
+        )
     else:
         answers = encode_answers(train, tokenizer, cfg)
         source = Recorded(train, encoded, answers, prompts=cfg.batch.prompts, seed=cfg.seed)
     recorded_heldout = None
-    if plan.source == "recorded" and heldout:
-        recorded_heldout = Recorded(heldout, encoded_heldout, encode_answers(heldout, tokenizer, cfg), prompts=len(heldout), seed=0)
+    if not sampled and heldout:
+        recorded_heldout = Recorded(
+            heldout, encoded_heldout, encode_answers(heldout, tokenizer, cfg), prompts=len(heldout), seed=0
+        )
 
     score = stages.scoring(scorer, comm, cfg.gates.failures) if scorer is not None else stages.keep
     if cfg.debug.get("shuffled_reward") and scorer is not None:
         score = stages.shuffled(score, cfg.seed)
-    checks = gates.Gates(
-        cfg.gates,
-        precision=cfg.hardware.precision,
-        eos=eos_ids(actor, tokenizer) if actor is not None else [],
-        stops=bool(cfg.rollout.stop),
-        own_reference=cfg.model.reference == "auto",
-        exact_sampler=cfg.rollout.top_p == 1.0 and cfg.rollout.top_k == 0 and cfg.rollout.min_tokens == 0 and cfg.rollout.temperature > 0,
-    )
+    checks = make_gates(cfg, sampler)
     allow = list(cfg.allow_targets)
     run = Run(
         source=source,
         score=score,
-        select=stages.selecting(build(cfg.select, "select", allow=allow), record.count) if cfg.select and scorer is not None else stages.keep,
+        select=stages.selecting(build(cfg.select, "select", allow=allow), record.count)
+        if cfg.select and scorer is not None
+        else stages.keep,
         annotate=stages.annotating(annotations(plan, engines, reference)),
         shape=stages.shaping([build(v, f"shaping.{k}", allow=allow) for k, v in (cfg.shaping or {}).items() if v]),
-        credit=stages.crediting(build(cfg.credit, "credit", allow=allow), cfg.gates.advantage) if cfg.credit else stages.keep,
+        credit=stages.crediting(build(cfg.credit, "credit", allow=allow), cfg.gates.advantage)
+        if cfg.credit
+        else stages.keep,
         engines=engines,
-        updates={name: make_update(cfg, name, s.starts_at) for name, s in learner_sections(cfg).items()},
+        updates={name: make_update(cfg, name, section.starts_at) for name, section in sections.items()},
         minibatches=stages.minibatches(cfg.batch.epochs, cfg.batch.minibatches, cfg.seed),
-        lr=partial(learning_rate, cfg, {n: s.lr if s.lr is not None else cfg.optim.lr for n, s in learner_sections(cfg).items()}),
+        lr=partial(learning_rate, cfg, {n: cfg.optim.lr if x.lr is None else x.lr for n, x in sections.items()}),
         check=checks,
         after=lambda step: False,
         record=record,
@@ -115,7 +114,49 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
     state = {"source": source, "constant_reward": checks.constant}
     eval_scorer = scorer if sampled else make_scorer(cfg) if scorable else None
     probe = partial(probe_rows, encoded=encoded[:2], records=train[:2])
-    return run, Parts(plan, tokenizer, engines, sampler, eval_scorer, probe, heldout, encoded_heldout, recorded_heldout, checks, state)
+    frozen = [reference.module] if reference is not None else []
+    return run, Parts(
+        plan=plan,
+        tokenizer=tokenizer,
+        engines=engines,
+        heads=[*heads.values(), *frozen],
+        sampler=sampler,
+        eval_scorer=eval_scorer,
+        probe=probe,
+        heldout=heldout,
+        encoded_heldout=encoded_heldout,
+        recorded_heldout=recorded_heldout,
+        gates=checks,
+        state=state,
+    )
+
+
+def make_actor(cfg: Any, heads: Mapping[str, nn.Module], plan: Plan, comm: Comm) -> nn.Module:
+    """The model that samples: the policy itself; a copy where ZeRO-3 shards the policy; else the initial one."""
+    if "policy" not in heads:
+        return loading.load_causal(cfg.model, dtype=dtype_of(cfg), seed=cfg.seed).to(comm.device).eval()
+    model: Any = heads["policy"].model
+    return copy.deepcopy(model) if cfg.hardware.zero == 3 else model
+
+
+def make_sampler(cfg: Any, actor: nn.Module, tokenizer: Any, comm: Comm) -> Sampler:
+    """The built-in sampler; it also stops at the token that the chat template ends a turn with."""
+    sampler = Sampler(actor, tokenizer, decoding_of(cfg), device=comm.device)
+    sampler.eos = sorted({*sampler.eos, end_id(tokenizer, cfg.dataset.chat)})
+    return sampler
+
+
+def make_gates(cfg: Any, sampler: Sampler | None) -> gates.Gates:
+    """The gates that look at a finished step. A truncated distribution is another one than the learner's."""
+    r = cfg.rollout
+    return gates.Gates(
+        cfg.gates,
+        precision=cfg.hardware.precision,
+        eos=sampler.eos if sampler is not None else [],
+        stops=bool(r.stop),
+        own_reference=cfg.model.reference == "auto",
+        exact_sampler=r.top_p == 1.0 and r.top_k == 0 and r.min_tokens == 0 and r.temperature > 0,
+    )
 
 
 def probe_rows(run: Run, *, encoded: Sequence[Sequence[int]], records: Sequence[Record]) -> Experience:
@@ -153,8 +194,8 @@ def load_records(cfg: Any, plan: Plan) -> tuple[list[Record], list[Record]]:
 
 def require_references(scorer: Any, records: Sequence[Record]) -> None:
     """Refuse records without reference before any scorer that compares with references runs."""
-    for name, (_, inner) in getattr(scorer, "scorers", {}).items():
-        if getattr(inner, "needs_references", False):
+    for name, (_, part) in getattr(scorer, "scorers", {}).items():
+        if getattr(part, "needs_references", False):
             check_references(records, f"reward={name}")
 
 
@@ -240,7 +281,7 @@ def setup_of(cfg: Any, section: Any) -> Setup:
     lr = cfg.optim.lr if section is None or section.lr is None else section.lr
     hw = cfg.hardware
     return Setup(
-        zero=hw.zero, bf16=hw.precision == "bf16", offload=hw.offload, budget=hw.micro_batch_tokens, packing=cfg.model.packing, lr=lr,
+        zero=hw.zero, bf16=hw.precision == "bf16", offload=hw.offload, budget=hw.micro_batch_tokens, lr=lr,
         betas=tuple(cfg.optim.betas), eps=cfg.optim.eps, weight_decay=cfg.optim.weight_decay, clip=cfg.optim.clip, extra=dict(hw.deepspeed),
     )  # fmt: skip
 
@@ -258,10 +299,16 @@ def refresh(actor: nn.Module, engine: DeepSpeedEngine | None) -> None:
         raise GateError("the weights that sample did not change after an update: the copy from the learner is broken")
 
 
-def annotations(plan: Plan, engines: Mapping[str, DeepSpeedEngine], reference: Frozen | None) -> dict[str, tuple[Any, str]]:
+def annotations(
+    plan: Plan, engines: Mapping[str, DeepSpeedEngine], reference: Frozen | None
+) -> dict[str, tuple[Any, str]]:
     """Columns filled from models: name -> (model, its output)."""
     critic = next((engines[n] for n, head in plan.learners.items() if head == "value"), None)
-    makers = {"old_logp": (engines.get("policy"), "logp"), "ref_logp": (reference, "logp"), "value": (critic, "value_new")}
+    makers = {
+        "old_logp": (engines.get("policy"), "logp"),
+        "ref_logp": (reference, "logp"),
+        "value": (critic, "value_new"),
+    }
     return {c: makers[c] for c in plan.annotate}
 
 
@@ -272,7 +319,10 @@ def make_scorer(cfg: Any) -> Combined | None:
     """The weighted sum of the chosen rewards."""
     allow = list(cfg.allow_targets)
     chosen = {k: v for k, v in (cfg.reward or {}).items() if v}
-    built = {k: (float(v.get("weight", 1.0)), build(v, f"reward.{k}", allow=allow, reserved=("weight",))) for k, v in chosen.items()}
+    built = {
+        k: (float(v.get("weight", 1.0)), build(v, f"reward.{k}", allow=allow, reserved=("weight",)))
+        for k, v in chosen.items()
+    }
     return Combined(built) if built else None
 
 

@@ -26,14 +26,15 @@ def options(group: str) -> str:
 def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """Stand-ins for what the verbs call; each notes its name and arguments."""
     calls: list[tuple] = []
-    local, plan = ModuleType("local"), ModuleType("plan")
+    local, plan, planned = ModuleType("local"), ModuleType("plan"), ModuleType("planned")
     local.launch = lambda cfg: calls.append(("launch", cfg))  # type: ignore[attr-defined]
     local.resume = lambda run, overrides: calls.append(("resume", run, overrides)) or 0  # type: ignore[attr-defined]
     local.run_verb = lambda verb, cfg: calls.append((verb, cfg)) or 0  # type: ignore[attr-defined]
     plan.validate = lambda cfg: calls.append(("validate", cfg))  # type: ignore[attr-defined]
-    plan.describe = lambda cfg: f"plan of {cfg.names.algo}"  # type: ignore[attr-defined]
+    planned.describe = lambda cfg: f"plan of {cfg.names.algo}"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "rlhf_cli.launch.local", local)
     monkeypatch.setitem(sys.modules, "rlhf_cli.plan", plan)
+    monkeypatch.setitem(sys.modules, "rlhf_cli.report.planned", planned)
     return calls
 
 

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_cli.diagnostics import DIAGNOSTICS
 from rlhf_cli.engine import step as exact
 from rlhf_cli.engine.comm import Comm
 from rlhf_cli.errors import GateError
 from rlhf_cli.inject import call, needs
 from rlhf_cli.models.heads import stage_inputs
-from rlhf_cli.diagnostics import DIAGNOSTICS
 from rlhf_cli.types import COLUMNS, Experience, Update
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -36,7 +36,6 @@ class Setup:
     bf16: bool
     offload: str
     budget: int  # tokens per micro-batch
-    packing: bool
     lr: float
     betas: tuple[float, float]
     eps: float
@@ -59,10 +58,17 @@ class DeepSpeedEngine:
         self.stage = 1 if setup.bf16 and setup.zero == 0 else setup.zero
         trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
         self._optimizer = torch.optim.AdamW(
-            trained.values(), lr=setup.lr, betas=setup.betas, eps=setup.eps, weight_decay=setup.weight_decay, fused=setup.offload == "none"
+            trained.values(),
+            lr=setup.lr,
+            betas=setup.betas,
+            eps=setup.eps,
+            weight_decay=setup.weight_decay,
+            fused=setup.offload == "none",
         )
         with redirect_stdout(io.StringIO()):  # it prints memory tables
-            self.engine, *_ = deepspeed.initialize(model=module, optimizer=self._optimizer, config=_config(setup, self.stage))
+            self.engine, *_ = deepspeed.initialize(
+                model=module, optimizer=self._optimizer, config=_config(setup, self.stage)
+            )
         self.trained = {n: p for n, p in self.engine.module.named_parameters() if n in trained}
         for p in self.trained.values():
             p.register_hook(self._watch)
@@ -80,7 +86,7 @@ class DeepSpeedEngine:
 
     def batches(self, exp: Experience) -> exact.Batches:
         """This rank's micro-batches."""
-        return exact.micro_batches(exp, self.comm.world, self.setup.budget, self.setup.packing)[self.comm.rank]
+        return exact.micro_batches(exp, self.comm.world, self.setup.budget, bool(self.module.packing))[self.comm.rank]
 
     def infer(self, exp: Experience, want: frozenset[str]) -> dict[str, Tensor]:
         """Outputs `want` of all rows, without gradient, on every rank."""
@@ -118,7 +124,9 @@ class DeepSpeedEngine:
 
     def _backward(self, loss: Tensor, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
-        self.engine.backward(self.comm.world * loss, scale_wrt_gas=False)  # DeepSpeed averages over ranks; our shares add up
+        self.engine.backward(
+            self.comm.world * loss.to(self.comm.device), scale_wrt_gas=False
+        )  # DeepSpeed averages over ranks; our shares add up
 
     def _refuse_non_finite(self, stats: Mapping[str, float]) -> None:
         grads = bool(torch.stack([g.float() for g in self._finite]).isfinite().all()) if self._finite else True
@@ -214,7 +222,11 @@ class DeepSpeedEngine:
     def _make_moments(self) -> None:
         """AdamW makes its state at the first step; a resumed one needs it before."""
         wrapped = self.engine.optimizer
-        for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+        for attribute in (
+            "fp32_partitioned_groups_flat",
+            "single_partition_of_fp32_groups",
+            "fp32_groups_flat_partition",
+        ):
             masters = getattr(wrapped, attribute, None)
             if masters is not None:
                 break
@@ -233,13 +245,17 @@ class DeepSpeedEngine:
 class Frozen:
     """A model that is only read, sharded over ranks like the learners: the reference."""
 
-    def __init__(self, module: nn.Module, setup: Setup, comm: Comm, around: AbstractContextManager[Any] | Any = None) -> None:
+    def __init__(
+        self, module: nn.Module, setup: Setup, comm: Comm, around: AbstractContextManager[Any] | Any = None
+    ) -> None:
         self.module, self.setup, self.comm = module, setup, comm
         self.around = around or nullcontext
 
     def infer(self, exp: Experience, want: frozenset[str]) -> dict[str, Tensor]:
         """Outputs `want` of all rows, on every rank."""
-        batches = exact.micro_batches(exp, self.comm.world, self.setup.budget, self.setup.packing)[self.comm.rank]
+        batches = exact.micro_batches(exp, self.comm.world, self.setup.budget, bool(self.module.packing))[
+            self.comm.rank
+        ]
         with self.around():
             outs = exact.infer(exp, batches, lambda e, rows: self.module(**stage_inputs(e, rows), want=want))
         return {k: self.comm.sum(v) for k, v in outs.items()}

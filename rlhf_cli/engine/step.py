@@ -45,7 +45,9 @@ def weights_of(term: Term, exp: Experience) -> Tensor:
     return rows.float() / rows.sum().clamp(min=1)
 
 
-def term_losses(terms: Sequence[Term], exp: Experience, outs: Mapping[str, Tensor], weights: Sequence[Tensor]) -> dict[str, Tensor]:
+def term_losses(
+    terms: Sequence[Term], exp: Experience, outs: Mapping[str, Tensor], weights: Sequence[Tensor]
+) -> dict[str, Tensor]:
     """Each term's value times its coefficient, on whatever rows `exp`, `outs` and `weights` hold."""
     losses = {}
     for term, w in zip(terms, weights, strict=True):
@@ -71,15 +73,18 @@ def single_pass(terms: Sequence[Term], exp: Experience, batches: Batches, forwar
         index = torch.zeros(1, dtype=torch.int64) if rows is None else rows
         part, outs = exp.rows(index), forward(exp, index)
         width = part.ids.shape[1]
-        losses = term_losses(terms, part, complete(part, {k: fit(v, width) for k, v in outs.items()}), [w[index] for w in weights])
+        near = {k: fit(v, width).cpu() for k, v in outs.items()}  # experience lives on the CPU; gradients flow back
+        losses = term_losses(terms, part, complete(part, near), [w[index] for w in weights])
         loss = torch.stack(list(losses.values())).sum()
         backward(loss if rows is not None else loss * 0, i == len(batches) - 1)
         if rows is not None:
             found.append((rows, outs))
-    return collect(found, exp)
+    return collect(found, exp, names=outs)  # a rank without rows has the same columns, all zero
 
 
-def two_pass(terms: Sequence[Term], exp: Experience, outs: Outs, batches: Batches, forward: Forward, backward: Backward) -> None:
+def two_pass(
+    terms: Sequence[Term], exp: Experience, outs: Outs, batches: Batches, forward: Forward, backward: Backward
+) -> None:
     """Cotangents of the global loss at the global `outs`, pushed through one micro-batch at a time."""
     leaves = {k: v.detach().requires_grad_() for k, v in outs.items()}
     weights = [weights_of(t, exp) for t in terms]
@@ -89,8 +94,14 @@ def two_pass(terms: Sequence[Term], exp: Experience, outs: Outs, batches: Batche
     for i, rows in enumerate(batches):
         index = torch.zeros(1, dtype=torch.int64) if rows is None else rows
         part = forward(exp, index)
-        share = torch.stack([(fit(part[k], g.shape[1]) * g[index].to(part[k].device)).sum() if g.ndim == 2
-                             else (part[k] * g[index].to(part[k].device)).sum() for k, g in cotangent.items()]).sum()
+        share = torch.stack(
+            [
+                (fit(part[k], g.shape[1]) * g[index].to(part[k].device)).sum()
+                if g.ndim == 2
+                else (part[k] * g[index].to(part[k].device)).sum()
+                for k, g in cotangent.items()
+            ]
+        ).sum()
         backward(share if rows is not None else share * 0, i == len(batches) - 1)
 
 
@@ -104,7 +115,9 @@ def infer(exp: Experience, batches: Batches, forward: Forward) -> Outs:
 def collect(found: Sequence[tuple[Tensor, Outs]], exp: Experience, names: Mapping[str, Tensor] | None = None) -> Outs:
     """Place micro-batch outputs into [N, T] or [N] columns on the CPU."""
     like = names or (found[0][1] if found else {})
-    columns = {k: torch.zeros(exp.ids.shape if v.ndim == 2 else exp.ids.shape[:1], dtype=v.dtype) for k, v in like.items()}
+    columns = {
+        k: torch.zeros(exp.ids.shape if v.ndim == 2 else exp.ids.shape[:1], dtype=v.dtype) for k, v in like.items()
+    }
     for rows, outs in found:
         for k, v in outs.items():
             columns[k][rows] = fit(v.detach().cpu(), exp.ids.shape[1]) if v.ndim == 2 else v.detach().cpu()
@@ -139,7 +152,11 @@ def micro_batches(exp: Experience, world: int, budget: int, packing: bool) -> li
 
 def _pieces(exp: Experience, rows: Tensor, budget: int, packing: bool) -> list[tuple[int, Tensor]]:
     """A group, cut in halves until each part fits the budget or is one row."""
-    size = packed_size(exp.ids[rows], exp.attention[rows]) if packing else len(rows) * int(exp.attention[rows].sum(-1).max())
+    size = (
+        packed_size(exp.ids[rows], exp.attention[rows])
+        if packing
+        else len(rows) * int(exp.attention[rows].sum(-1).max())
+    )
     if size <= budget or len(rows) == 1:
         return [(size, rows)]
     half = len(rows) // 2

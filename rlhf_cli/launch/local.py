@@ -17,10 +17,22 @@ from omegaconf import OmegaConf
 
 from rlhf_cli.config import load_config
 from rlhf_cli.errors import ConfigError, GateError
-from rlhf_cli.plan import describe, resolve_hardware, validate
+from rlhf_cli.hardware import resolve_hardware
+from rlhf_cli.plan import validate
 from rlhf_cli.record.rundir import RunDir, name_run
+from rlhf_cli.report.planned import describe
 
-FREE = ("run", "resume", "tracker", "launcher", "names", "input", "output", "checkpoint", "steps")  # may differ on resume
+FREE = (
+    "run",
+    "resume",
+    "tracker",
+    "launcher",
+    "names",
+    "input",
+    "output",
+    "checkpoint",
+    "steps",
+)  # may differ on resume
 MAY_CHANGE = ("hardware", "gates", "eval")  # may differ, said aloud
 
 
@@ -138,9 +150,12 @@ def run_ranks(rundir: RunDir, processes: int) -> int:
     world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(processes))}).encode()).decode()
     command = [
         sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={world}", "--node_rank=0", "--master_addr=127.0.0.1",
-        f"--master_port={_free_port()}", "--no_local_rank", "--module", "rlhf_cli.worker", str(rundir.path),
+        f"--master_port={_free_port()}", "--no_local_rank", "--log_level=critical", "--module", "rlhf_cli.worker", str(rundir.path),
     ]  # fmt: skip
-    environment = {**os.environ, "DEEPSPEED_LOG_LEVEL": "error", "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu" if not _cuda(rundir) else "cuda")}
+    environment = {
+        **os.environ,
+        "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu" if not _cuda(rundir) else "cuda"),
+    }
     before = rundir.status()
     for old in rundir.logs.glob("rank-*.error"):  # of an earlier try
         old.unlink()

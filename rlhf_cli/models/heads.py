@@ -34,7 +34,9 @@ class PolicyHead(nn.Module):
         self.temperature = temperature
         self.packing = packing
 
-    def forward(self, ids: Tensor, attention: Tensor, mask: Tensor, group: Tensor, want: frozenset[str]) -> dict[str, Tensor]:
+    def forward(
+        self, ids: Tensor, attention: Tensor, mask: Tensor, group: Tensor, want: frozenset[str]
+    ) -> dict[str, Tensor]:
         hf = inner(self.model)
         hidden, place = run_backbone(hf.get_decoder(), ids, attention, group, self.packing)  # [L, D], [N, T]
         source = shifted(place)[mask]  # [n]
@@ -44,7 +46,9 @@ class PolicyHead(nn.Module):
         for rows, target in zip(source.split(CHUNK), targets.split(CHUNK), strict=True):
             chunk = hidden[rows.to(hidden.device)]
             args = (hf.get_output_embeddings(), chunk, target, self.temperature, _cap(hf), entropy)
-            parts.append(checkpoint(_token_logp, *args, use_reentrant=False) if torch.is_grad_enabled() else _token_logp(*args))
+            parts.append(
+                checkpoint(_token_logp, *args, use_reentrant=False) if torch.is_grad_enabled() else _token_logp(*args)
+            )
         where = mask.to(hidden.device)
         names = ("logp", "entropy") if entropy else ("logp",)
         columns = [torch.cat(x) for x in zip(*parts, strict=True)] if parts else [precise(hidden[:0].sum(-1))] * 2
@@ -66,7 +70,9 @@ class ScalarHead(nn.Module):
         self.model = model
         self.packing = packing
 
-    def forward(self, ids: Tensor, attention: Tensor, mask: Tensor, group: Tensor, want: frozenset[str]) -> dict[str, Tensor]:
+    def forward(
+        self, ids: Tensor, attention: Tensor, mask: Tensor, group: Tensor, want: frozenset[str]
+    ) -> dict[str, Tensor]:
         hf = inner(self.model)
         hidden, place = run_backbone(hf.base_model, ids, attention, group, self.packing)
         outs: dict[str, Tensor] = {}
@@ -89,7 +95,9 @@ def run_backbone(backbone: Any, ids: Tensor, attention: Tensor, group: Tensor, p
     device = next(backbone.parameters()).device
     if packing:
         layout = to_device(pack(ids, attention, group), device)
-        no_mask = torch.empty(1, 1, 1, 1, device=device)  # 4D: transformers passes it on untouched; the layout is the mask
+        no_mask = torch.empty(
+            1, 1, 1, 1, device=device
+        )  # 4D: transformers passes it on untouched; the layout is the mask
         out = backbone(
             input_ids=layout.ids, attention_mask=no_mask, position_ids=layout.positions, use_cache=False, layout=layout
         )

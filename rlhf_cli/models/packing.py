@@ -105,7 +105,9 @@ def packed_attention(
     if layout is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **extra)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **extra
+        )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     flat = [x[0].transpose(0, 1) for x in (query, key, value)]  # [L, H, D]
     heads = [x[layout.prefix].transpose(1, 2) for x in flat]  # [G, H, P, D]
@@ -165,10 +167,11 @@ def to_device(layout: Pack, device: torch.device) -> Pack:
     """The pack with its tensors on `device`."""
     if device.type == "cpu":
         return layout
-    return replace(layout, masks={}, **{f.name: getattr(layout, f.name).to(device) for f in fields(layout) if f.name != "masks"})
+    return replace(
+        layout, masks={}, **{f.name: getattr(layout, f.name).to(device) for f in fields(layout) if f.name != "masks"}
+    )
 
 
 def shifted(place: Tensor) -> Tensor:
     """[N, T] flat position of the hidden state that predicts each token: the one next-token shift. Column 0 has no predictor."""
     return F.pad(place[:, :-1], (1, 0))
-

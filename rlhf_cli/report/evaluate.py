@@ -74,13 +74,22 @@ def generate_and_score(
     owner = [(i, j) for i in range(len(records)) for j in range(k)]
     samples = tuple(sample_of(records[i], t) for (i, _), t in zip(owner, texts, strict=True))
     rows: list[Row] = [
-        {"uid": records[i].uid, "sample": j, "prompt": records[i].prompt, "response": t, "tokens": len(ids), "truncated": bool(cut)}
+        {
+            "uid": records[i].uid,
+            "sample": j,
+            "prompt": records[i].prompt,
+            "response": t,
+            "tokens": len(ids),
+            "truncated": bool(cut),
+        }
         for (i, j), t, ids, cut in zip(owner, texts, drawn.ids, drawn.truncated, strict=True)
     ]
     if scorer is None:
         return rows
     group = torch.tensor([i for i, _ in owner])
-    scores = score_sharded(scorer, Experience(samples=samples, ids=torch.zeros(len(rows), 1, dtype=torch.int64), group=group), comm)
+    scores = score_sharded(
+        scorer, Experience(samples=samples, ids=torch.zeros(len(rows), 1, dtype=torch.int64), group=group), comm
+    )
     missing = scores.missing if scores.missing is not None else torch.zeros(len(rows), dtype=torch.bool)
     for n, row in enumerate(rows):
         row["score"] = None if missing[n] else float(scores.value[n])
@@ -97,7 +106,12 @@ def summarise(rows: Sequence[Row], resamples: int) -> dict[str, float]:
     }
     if scored:
         ci = bootstrap(scored, resamples)
-        found |= {"reward": ci.mean, "reward_low": ci.low, "reward_high": ci.high, "missing": float(len(rows) - len(scored))}
+        found |= {
+            "reward": ci.mean,
+            "reward_low": ci.low,
+            "reward_high": ci.high,
+            "missing": float(len(rows) - len(scored)),
+        }
     names = sorted({c for r in rows for c in r.get("components", {})})
     for c in names:
         have = [r["components"][c] for r in rows if c in r.get("components", {})]

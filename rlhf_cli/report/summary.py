@@ -41,7 +41,10 @@ def _gain(before: Sequence[Row], after: Sequence[Row], cfg: Any) -> list[str]:
         "Before and after",
     ]
     earlier = {(r["uid"], r["sample"]): r for r in before}
-    ranked = sorted((r for r in after if r.get("score") is not None), key=lambda r: r["score"] - (earlier[r["uid"], r["sample"]]["score"] or 0.0))
+    ranked = sorted(
+        (r for r in after if r.get("score") is not None),
+        key=lambda r: r["score"] - (earlier[r["uid"], r["sample"]]["score"] or 0.0),
+    )
     for r in _spread(ranked):
         old = earlier[r["uid"], r["sample"]]
         lines += _wrap("prompt ", r["prompt"])
@@ -85,7 +88,10 @@ def _next(path: Path, cfg: Any, sampled: bool) -> list[str]:
         return [*lines, f"Next         rlhf resume {path} steps={2 * cfg.steps}"]
     if "policy" not in cfg.updates:
         return [*lines, f"Next         rlhf train algo=grpo reward=model reward.model.path={path}"]
-    return [*lines, f"Next         rlhf eval {path}" if sampled else f"Next         rlhf generate {path} input=prompts.jsonl"]
+    return [
+        *lines,
+        f"Next         rlhf eval {path}" if sampled else f"Next         rlhf generate {path} input=prompts.jsonl",
+    ]
 
 
 def _minutes(path: Path) -> str:

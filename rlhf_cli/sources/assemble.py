@@ -29,7 +29,9 @@ def texts_of(sampler: Any, ids: Sequence[Sequence[int]]) -> list[str]:
     return texts
 
 
-def rows(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], samples: Sequence[Sample], group: Tensor) -> Experience:
+def rows(
+    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], samples: Sequence[Sample], group: Tensor
+) -> Experience:
     """N rows, right-padded with 0: prompt then response; the mask covers the response."""
     lengths = torch.tensor([[len(p), len(r)] for p, r in zip(prompts, responses, strict=True)])  # [N, 2]
     total = lengths.sum(-1)

@@ -35,6 +35,7 @@ class Recorded:
     ) -> None:
         self.records, self.encoded, self.answers, self.prompts = records, encoded, answers, prompts
         self._order = Order(len(records), seed)
+        self._paired = any(r.pairs for r in records)  # a step of ties then has no pairs, rather than no column of pairs
 
     def __next__(self) -> Experience:
         return self.experience(self._order.take(self.prompts))
@@ -52,11 +53,15 @@ class Recorded:
     def _labels(self, chosen: Sequence[int], first: Sequence[int], n: int) -> dict[str, Any]:
         edges = [(at + w, at + lo) for i, at in zip(chosen, first, strict=True) for w, lo in self.records[i].pairs]
         margins = [m for i in chosen for m in self.records[i].margins]
-        labels = [x for i in chosen for x in (self.records[i].scores or (self.records[i].label,) * len(self.records[i].responses))]
+        labels = [
+            x
+            for i in chosen
+            for x in (self.records[i].scores or (self.records[i].label,) * len(self.records[i].responses))
+        ]
         columns: dict[str, Any] = {"version": torch.zeros(n, dtype=torch.int64)}
-        if edges:
-            columns["pairs"] = torch.tensor(edges)
-        if edges and len(margins) == len(edges):
+        if self._paired:
+            columns["pairs"] = torch.tensor(edges, dtype=torch.int64).reshape(-1, 2)
+        if self._paired and len(margins) == len(edges):
             columns["margin"] = torch.tensor(margins, dtype=torch.float32)
         if all(x is not None for x in labels):
             columns["label"] = torch.tensor(labels, dtype=torch.float32)

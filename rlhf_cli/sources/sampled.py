@@ -95,15 +95,25 @@ class Drawn(NamedTuple):
 
 
 def draw(
-    sampler: Sampler, prompts: Sequence[Sequence[int]], k: int, seeds: Sequence[int], comm: Comm, decoding: Decoding | None = None
+    sampler: Sampler,
+    prompts: Sequence[Sequence[int]],
+    k: int,
+    seeds: Sequence[int],
+    comm: Comm,
+    decoding: Decoding | None = None,
 ) -> Drawn:
     """`k` responses to each prompt: ranks draw whole groups in turn, and every rank gets all of them in order."""
     mine = range(comm.rank, len(prompts), comm.world)
     own: list[tuple[list[int], list[float], bool]] = []
     if len(mine):
-        drawn = sampler.sample([prompts[i] for i in mine], k, [seeds[i * k + j] for i in mine for j in range(k)], decoding)
+        drawn = sampler.sample(
+            [prompts[i] for i in mine], k, [seeds[i * k + j] for i in mine for j in range(k)], decoding
+        )
         logp = drawn.logp.tolist()
-        own = [(ids, logp[i][: len(ids)], bool(cut)) for i, (ids, cut) in enumerate(zip(drawn.ids, drawn.truncated.tolist(), strict=True))]
+        own = [
+            (ids, logp[i][: len(ids)], bool(cut))
+            for i, (ids, cut) in enumerate(zip(drawn.ids, drawn.truncated.tolist(), strict=True))
+        ]
     parts = comm.gather(own)
     everyone = [parts[p % comm.world][(p // comm.world) * k + j] for p in range(len(prompts)) for j in range(k)]
     return Drawn(*(list(column) for column in zip(*everyone, strict=True)))

@@ -170,4 +170,5 @@ def assert_same(a: Path, b: Path) -> None:
     for name, rows in one.items():
         assert len(rows) == len(two[name]), f"{name}: {len(rows)} rows and {len(two[name])}"
         for r, s in zip(rows, two[name], strict=True):
-            assert r == s, f"{name} at step {r.get('step')}: {[k for k in r if r[k] != s.get(k)]}"
+            wrong = {k: (r.get(k), s.get(k)) for k in {**r, **s} if r.get(k, "") != s.get(k, "")}
+            assert not wrong, f"{name} at step {r.get('step')}: {wrong}"

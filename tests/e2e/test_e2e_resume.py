@@ -66,11 +66,11 @@ def saving(run: Path) -> bool:
 def killed_until_done(run: Path, argv: list[str], seed: int) -> int:
     """Start the command and kill it during a checkpoint, then at random moments, then let it end. Returns the kills."""
     chance, kills = random.Random(seed), 0
-    for attempt in range(4):
+    for attempt in range(3):
         process = e2e.begin(*argv, log=run.parent / f"{run.name}.log")
         rows = len(e2e.jsonl(run / "metrics.jsonl"))
         ready = (lambda: saving(run)) if attempt == 0 else (lambda n=rows: len(e2e.jsonl(run / "metrics.jsonl")) > n)
-        if attempt < 3 and e2e.until(ready, process=process):
+        if attempt < 2 and e2e.until(ready, process=process):
             time.sleep(chance.uniform(0, 0.01) if attempt == 0 else chance.uniform(0, 0.3))
             kills += process.poll() is None
             e2e.kill_tree(process)

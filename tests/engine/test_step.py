@@ -164,7 +164,10 @@ def test_fillers_run_and_contribute_exactly_nothing() -> None:
     assert torch.equal(run_two(terms, exp, [whole]), run_two(terms, exp, [[None, *whole, None]]))
     model = Model()
     outs = exact.single_pass(terms, exp, [None], model.forward, model.backward)
-    assert not model.grad().any() and outs == {} and model.calls == [[0]]
+    assert not model.grad().any() and model.calls == [[0]]
+    assert set(outs) == {"logp", "score_new"} and not any(v.any() for v in outs.values()), "ranks sum their columns, so all have them"
+    idle = exact.infer(exp, [None], model.forward)
+    assert set(idle) == {"logp", "score_new"} and not any(v.any() for v in idle.values())
 
 
 def test_the_last_micro_batch_is_told_so() -> None:
@@ -266,6 +269,25 @@ def test_collect_places_cut_rows_and_zeroes_the_rest() -> None:
     out = exact.collect(found, exp)
     assert out["logp"].shape == (N, T) and out["logp"].sum() == 3 and out["logp"][3, :3].all()
     assert out["score_new"].tolist() == [0, 0, 0, 5, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="NO GPU: mixing its outputs with experience on the CPU is not tested")
+@pytest.mark.parametrize("single", [True, False])
+def test_outputs_on_a_gpu_meet_experience_on_the_cpu(single: bool) -> None:
+    terms, exp = ROWWISE["tokens"], experience()
+    model = Model()
+    model.w = model.w.detach().cuda().requires_grad_()
+
+    def forward(e: Experience, rows: Tensor) -> dict[str, Tensor]:
+        x = {k: v.cuda() for k, v in stage_inputs(e, rows).items()}
+        return {"logp": -softplus((model.w[x["ids"]] * x["attention"]).cumsum(-1)) * x["mask"]}
+
+    batches = exact.micro_batches(exp, 1, 9, True)[0]
+    if single:
+        exact.single_pass(terms, exp, batches, forward, model.backward)
+    else:
+        exact.two_pass(terms, exp, exact.infer(exp, batches, forward), batches, forward, model.backward)
+    torch.testing.assert_close(model.grad().cpu(), unsplit(terms, exp), rtol=0, atol=1e-10)
 
 
 def test_infer_leaves_no_graph() -> None:

@@ -12,7 +12,7 @@ from rlhf_cli.engine import step as exact
 from rlhf_cli.errors import GateError
 from rlhf_cli.models import heads, packing
 from rlhf_cli.models.heads import PolicyHead, ScalarHead, stage_inputs
-from rlhf_cli.models.packing import ATTENTION, Pack, Segment, pack, packed_size, shifted
+from rlhf_cli.models.packing import ATTENTION, Pack, pack, packed_size, shifted
 from rlhf_cli.models.tiny import tiny_causal, tiny_scalar
 from rlhf_cli.types import Experience
 from rlhf_cli.wiring import check_invariance
@@ -147,17 +147,19 @@ def engine_of(head: Any) -> Any:
     return SimpleNamespace(module=head, infer=infer)
 
 
-def everything_visible(layout: Pack) -> Pack:
-    """A suffix token sees its own future."""
-    segments = tuple(replace(s, visible=torch.ones_like(s.visible)) for s in layout.segments)
-    return replace(layout, segments=segments)
+def see(layout: Pack, **changed: Any) -> Pack:
+    """The same pack with other masks, made at first use."""
+    return replace(layout, masks={}, **changed)
 
 
-def one_causal_sequence(layout: Pack) -> Pack:
-    """Suffixes see each other, and groups too."""
-    n = layout.ids.shape[1]
-    none = torch.zeros(1, 0, dtype=torch.int64)
-    return replace(layout, segments=(Segment(0, n, none, none.bool(), torch.zeros(0, n, dtype=torch.bool)),))
+def foreign_suffixes(layout: Pack) -> Pack:
+    """Every suffix token reads the tokens of the next row's suffix instead of its own."""
+    return see(layout, suffix=layout.suffix.roll(1, 0))
+
+
+def foreign_prefixes(layout: Pack) -> Pack:
+    """Every suffix looks at the prefix of another group."""
+    return see(layout, owner=layout.owner.roll(1))
 
 
 def running_positions(layout: Pack) -> Pack:
@@ -171,11 +173,22 @@ def test_the_gate_is_silent_on_correct_packing_and_puts_the_switch_back() -> Non
     assert head.packing
 
 
-@pytest.mark.parametrize("broken", [everything_visible, one_causal_sequence, running_positions], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("broken", [foreign_suffixes, foreign_prefixes, running_positions], ids=lambda f: f.__name__)
 def test_the_gate_trips_on_a_corrupted_layout(broken: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heads, "pack", lambda *a: broken(pack(*a)))
+    trips()
+
+
+def test_the_gate_trips_on_a_corrupted_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Suffix tokens see their own future."""
+    mask = packing._mask
+    monkeypatch.setattr(packing, "_mask", lambda *a: mask(*a).nan_to_num(neginf=0.0) if a[1] == "suffix" else mask(*a))
+    trips()
+
+
+def trips() -> None:
     head = PolicyHead(causal(), temperature=1.0, packing=True)
-    with pytest.raises(GateError, match=r"log-probs change by .* nats when rows go through the model alone") as e:
+    with pytest.raises(GateError, match=r"log-probs change by .* nats a token when rows go through the model alone") as e:
         check_invariance(engine_of(head), ragged(), "logp", 1e-3, rows=8)
     assert "gates.invariance=0.001" in str(e.value) and str(e.value).endswith("set model.packing=false")
     assert head.packing, "the switch is put back"

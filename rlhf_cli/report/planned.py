@@ -1,0 +1,60 @@
+"""The printed plan: what runs, in which order, on what, and what it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rlhf_cli.hardware import memory, resolve_hardware
+from rlhf_cli.plan import HEADS, Plan, validate
+
+
+def describe(cfg: Any) -> str:
+    """The plan as text: what runs, in which order, on what, and what it needs."""
+    plan, hw = validate(cfg), resolve_hardware(cfg)
+    world = hw["processes"]
+    names = dict(cfg.names)
+    title = " ".join(f"{k}={names[k]}" for k in ("algo", "reward", "dataset", "model") if names.get(k))
+    lines = [title, "", "Batch"]
+    lines += _batch(cfg, plan, world)
+    lines.append(f"  micro-batches of up to {hw['micro_batch_tokens']} tokens; the gradient does not depend on them")
+    lines += [
+        "",
+        "Hardware",
+        f"  {hw['device']}, {world} x {hw['threads']} threads, {hw['precision']}, ZeRO-{cfg.hardware.zero}, offload {cfg.hardware.offload}",
+    ]
+    lines += ["", "Models"] + [f"  {name:<14}{why}" for name, why in plan.models.items()]
+    own_reference = "reference" in plan.models and not cfg.model.lora.r
+    lines += ["", "Memory per process (estimate)", *memory(cfg, plan.learners, own_reference, hw)]
+    lines += ["", "Flow"] + [f"  {s.name:<38}{s.does}" for s in plan.stages]
+    lines += ["", "Columns", f"  {'':<16}{'made by':<32}taken by"]
+    lines += [f"  {c:<16}{who:<32}{', '.join(takers) or '-'}" for c, who, takers in _columns(plan)]
+    if plan.notes:
+        lines += ["", "Notes"] + [f"  {n}" for n in plan.notes]
+    return "\n".join(lines)
+
+
+def _batch(cfg: Any, plan: Plan, world: int) -> list[str]:
+    """The batch identity."""
+    b = cfg.batch
+    over = f"over {world} process{'es' if world > 1 else ''}"
+    updates = cfg.steps * b.epochs * b.minibatches
+    count = f"  {cfg.steps} steps x {b.epochs} epochs x {b.minibatches} minibatches = {updates} optimizer steps"
+    if plan.source == "recorded":
+        return [f"  {b.prompts} records a step with all their responses, {over}", count]
+    rows = b.prompts * b.samples
+    return [
+        f"  {b.prompts} prompts x {b.samples} samples = {rows} rows a step, {over}",
+        count,
+        f"  at most {rows * cfg.rollout.max_tokens} new tokens a step ({cfg.rollout.max_tokens} a response)",
+    ]
+
+
+def _columns(plan: Plan) -> Iterable[tuple[str, str, list[str]]]:
+    made: dict[str, str] = {}
+    for s in plan.stages:
+        for c in s.gives:
+            made.setdefault(c, s.name)
+    outputs = {c: f"{learner} forward" for learner, head in plan.learners.items() for c in HEADS[head]}
+    for c, who in {**made, **outputs}.items():
+        yield c, who, [s.name for s in plan.stages if c in s.needs]
