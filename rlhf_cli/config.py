@@ -47,7 +47,7 @@ class OptimSection:
     weight_decay: float = 0.0  # decoupled weight decay
     clip: float = 1.0  # global gradient norm; 0 turns clipping off
     warmup: int = 0  # steps of linear warm-up
-    schedule: str = "constant"  # constant | linear | cosine, down to zero at the last step
+    schedule: str = "constant"  # constant | linear | cosine, towards zero after the last step
 
 
 @dataclass
@@ -158,7 +158,7 @@ class RolloutSection:
     """How responses are drawn."""
 
     backend: str = "builtin"  # the built-in sampler
-    max_tokens: int = 64  # new tokens per response
+    max_tokens: int = 48  # new tokens per response
     min_tokens: int = 0  # no EOS or stop before this many
     temperature: float = 1.0  # 0 is greedy
     top_p: float = 1.0  # nucleus mass kept
@@ -172,7 +172,7 @@ class Root:
     """Every key that a configuration may have."""
 
     seed: int = 0  # seeds data order, sampling and initialisation
-    steps: int = 40  # optimisation steps
+    steps: int = 24  # optimisation steps
     resume: str = "auto"  # auto (continue run.dir/run.name when it exists) | never | a checkpoint folder
     allow_targets: list[str] = field(default_factory=list)  # modules outside rlhf_cli whose _target_ may be built
     run: RunSection = field(default_factory=RunSection)

@@ -56,13 +56,15 @@ class ConstantReward:
         self.streak = 0
 
     def __call__(self, step: int, score: Tensor | None) -> None:
-        """Count one step."""
-        if score is None or len(score) == 0:
+        """Count one step; one whose groups were all dropped for want of variance (an empty `score`) counts too."""
+        if score is None:
             return
-        self.streak = self.streak + 1 if float(score.max() - score.min()) == 0.0 else 0
+        empty = len(score) == 0
+        self.streak = self.streak + 1 if empty or float(score.max() - score.min()) == 0.0 else 0
         if self.streak >= self.steps:
+            what = "no row was left" if empty else f"every reward was {float(score[0]):g}"
             raise GateError(
-                f"step {step}: every reward was {float(score[0]):g} for {self.streak} steps (gates.constant_steps={self.steps}); "
+                f"step {step}: {what} for {self.streak} steps (gates.constant_steps={self.steps}); "
                 "try the reward on a file first: rlhf score"
             )
 
@@ -126,7 +128,10 @@ class Gates:
 
     def __call__(self, step: int, exp: Experience, stats: Stats) -> None:
         """Check one step; a no-op when gates are off."""
-        if not self.cfg.enabled or not len(exp):
+        if not self.cfg.enabled:
+            return
+        self.constant(step, exp.score)
+        if not len(exp):
             return
         if step == 0:
             first_ratio(step, stats, self.tolerance)
@@ -134,4 +139,3 @@ class Gates:
             if self.own_reference:
                 first_kl(step, stats, self.tolerance)
         sampler_gap(step, stats, self.limit)
-        self.constant(step, exp.score)

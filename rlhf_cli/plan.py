@@ -308,6 +308,7 @@ def _check_numbers(cfg: Any) -> None:
         ("hardware.offload", hw.offload, ("none", "cpu", "nvme")),
         ("hardware.zero", hw.zero, (0, 1, 2, 3)),
         ("optim.schedule", cfg.optim.schedule, ("constant", "linear", "cosine")),
+        *(("debug", switch, SWITCHES) for switch in cfg.debug),
     ):
         if value not in allowed:
             choices = ", ".join(map(str, allowed))

@@ -72,6 +72,8 @@ def shuffled(score: Stage, seed: int) -> Stage:
 
     def stage(exp: Experience) -> Experience:
         exp = score(exp)
+        if not len(exp):
+            return exp
         g = torch.Generator().manual_seed(seed * 1_000_003 + int(exp.version.max()))
         return replace(exp, score=exp.score[torch.randperm(len(exp), generator=g)])
 

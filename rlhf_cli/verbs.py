@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rlhf_cli import wiring
-from rlhf_cli.data.loading import load
+from rlhf_cli.data.loading import load, load_whole
 from rlhf_cli.data.record import Record
 from rlhf_cli.engine.comm import Comm
 from rlhf_cli.errors import ConfigError
@@ -138,7 +138,7 @@ def _prompts(cfg: Any) -> list[Record]:
             Record(messages=({"role": "user", "content": t},), prompt=t, uid=f"line-{n}", where=f"{path.name}:{n}")
             for n, t in enumerate(lines, 1)
         ]
-    return load(_of_input(cfg, "prompts"), "train")
+    return load_whole(_of_input(cfg, "prompts"))
 
 
 def _of_input(cfg: Any, shape: str) -> Any:
@@ -153,7 +153,7 @@ def _of_input(cfg: Any, shape: str) -> Any:
         {
             "format": suffix,
             "path": cfg.input,
-            "heldout": cfg.input,
+            "heldout": "",
             "shape": shape if cfg.dataset.format == "packaged" else cfg.dataset.shape,
         }
     )
@@ -184,7 +184,7 @@ def score(cfg: Any) -> int:
 
 def _responses(cfg: Any) -> list[Record]:
     """Recorded responses of `input`, or of the dataset; prompts with references score their own references."""
-    records = load(_of_input(cfg, "demonstrations"), "train") if cfg.input else load(cfg.dataset, "heldout")
+    records = load_whole(_of_input(cfg, "demonstrations")) if cfg.input else load(cfg.dataset, "heldout")
     if not any(r.responses for r in records):
         raise ConfigError(
             "score: there are no responses to score; type input=FILE with columns prompt, response and references, or pick a dataset of responses"

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf_cli import catalog
 from rlhf_cli.compose import compose, override
-from rlhf_cli.config import build, check_node
+from rlhf_cli.config import Root, build, check_node
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.plan import validate
 from rlhf_cli.report.planned import describe
@@ -19,6 +19,11 @@ from rlhf_cli.report.planned import describe
 OPTIONS = [(group, name) for group, found in catalog.groups().items() for name in found]
 SHAPE_FITS = {"prompts": "grpo", "pairs": "dpo", "rankings": "dpo", "demonstrations": "sft"}
 NEEDS_PATH = {"rlhf_cli.rewards.model.Model", "rlhf_cli.rewards.python.Python"}
+REQUIRED = {
+    "model": "reward.model.path=RUN",
+    "python": "reward.python.path=mine.py:score",
+    "regex": "reward.regex.pattern=x",
+}
 
 
 def nodes(section: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -35,20 +40,29 @@ def words_of(group: str, name: str) -> list[str]:
     if group == "dataset":
         raw = compose("train", [f"dataset={name}", "dataset.path=DATA"] if name != "quickstart" else [], None)
         fit = SHAPE_FITS.get(raw.dataset.shape, "sft")
-        return [f"dataset={name}", f"algo={fit}", *(["dataset.path=DATA"] if name != "quickstart" else []), "reward=length"]
+        return [
+            f"dataset={name}",
+            f"algo={fit}",
+            *(["dataset.path=DATA"] if name != "quickstart" else []),
+            "reward=length",
+        ]
     if group in ("objective", "reduce"):
         return term_words(group, name)
     if group == "algo" or (group, name) == ("reward", "none"):
         return [f"{group}={name}"] if group == "algo" else ["algo=dpo", *PAIRS, "reward=none"]
     if group == "credit":
-        return [f"credit={name}", f"algo={'ppo' if name == 'gae' else 'sft' if name == 'none' else 'grpo'}", *reader(name)]
+        return [
+            f"credit={name}",
+            f"algo={'ppo' if name == 'gae' else 'sft' if name == 'none' else 'grpo'}",
+            *reader(name),
+        ]
     if group == "select":
         return [f"select={name}", f"algo={'dpo' if 'pairs' in name or 'worst' in name else 'grpo'}"]
     if group == "shaping" and name in ("kl",):
         return [f"shaping={name}", "credit=group_norm_to_go"]
     if group == "source":
         return [f"source={name}", f"algo={'sft' if name == 'recorded' else 'grpo'}"]
-    return [f"{group}={name}"]
+    return [f"{group}={name}", *([REQUIRED[name]] if group == "reward" and name in REQUIRED else [])]
 
 
 PAIRS = ["dataset=preferences", "dataset.path=DATA"]
@@ -140,7 +154,9 @@ def test_new_keys_of_open_sections_need_no_marks() -> None:
     assert cfg.debug.shuffled_reward is True
     assert (cfg.learners.policy.lr, cfg.learners.policy.starts_at, cfg.learners.policy.head) == (2e-5, 3, "policy")
     assert cfg.updates.policy.bonus.coef == 0.1
-    assert train_cfg("algo=ppo", "learners.critic.lr=1").learners.critic.head == "value", "a recipe's learner keeps the rest"
+    assert train_cfg("algo=ppo", "learners.critic.lr=1").learners.critic.head == "value", (
+        "a recipe's learner keeps the rest"
+    )
 
 
 @pytest.mark.parametrize(
@@ -152,7 +168,10 @@ def test_new_keys_of_open_sections_need_no_marks() -> None:
         ("updates.policy.kll.coef=1", "updates.policy.kll.coef: unknown key; did you mean 'kl'?"),
         ("dataset.columns.promt=x", "dataset.columns.promt: unknown; it may be prompt"),
         ("dataset.columns.prompt=[a]", "dataset.columns.prompt=[a]: Cannot convert 'list' to string"),
-        ("debug.shufled_reward=true", "debug.shufled_reward: unknown; its switches: shuffled_reward; did you mean"),
+        (
+            "debug.shufled_reward=true",
+            "debug: 'shufled_reward' is not allowed; choose one of shuffled_reward; did you mean",
+        ),
         ("hardware.deepsped.x=1", "hardware.deepsped: unknown key; did you mean 'deepspeed'?"),
     ],
 )
@@ -168,7 +187,9 @@ def test_open_sections_are_checked_all_the_same(word: str, text: str) -> None:
 
 def test_override_changes_settings_of_a_copy() -> None:
     cfg = train_cfg("algo=ppo")
-    made = override(cfg, ["steps=9", "updates.policy.surrogate.coef=2", "learners.critic.lr=0.1", "debug.shuffled_reward=true"])
+    made = override(
+        cfg, ["steps=9", "updates.policy.surrogate.coef=2", "learners.critic.lr=0.1", "debug.shuffled_reward=true"]
+    )
     assert (made.steps, made.updates.policy.surrogate.coef, made.learners.critic.lr) == (9, 2, 0.1)
     assert (made.learners.critic.head, made.debug.shuffled_reward, dict(made.names)) == ("value", True, dict(cfg.names))
     assert cfg.steps != 9 and not cfg.debug
@@ -182,7 +203,7 @@ REFUSED = {
     "run.name=x": f"run.name=x: {RUNS} name and place; move its folder instead",
     "stepz=1": "stepz: unknown key or group; did you mean 'steps'?",
     "optim.lrr=1": "optim.lrr: unknown key; did you mean 'lr'?",
-    "steps=x": "steps=x: wanted int, e.g. steps=40; it is: optimisation steps",
+    "steps=x": f"steps=x: wanted int, e.g. steps={Root().steps}; it is: optimisation steps",
     "steps=1,2": "steps=1,2: several values; type one, or steps=[a,b] for a list",
     "~seed": "~seed: nothing can be deleted from a run; give it another value",
     "+foo=1": "foo: unknown key; keys cannot be added to the root",

@@ -137,7 +137,13 @@ def test_invariance() -> None:
 
 
 def all_gates(**changes: Any) -> gates.Gates:
-    settings: dict[str, Any] = {"precision": "fp32", "eos": [EOS], "stops": False, "own_reference": True, "exact_sampler": True}
+    settings: dict[str, Any] = {
+        "precision": "fp32",
+        "eos": [EOS],
+        "stops": False,
+        "own_reference": True,
+        "exact_sampler": True,
+    }
     section = changes.pop("section", GatesSection(constant_steps=2))
     return gates.Gates(section, **(settings | changes))
 
@@ -221,3 +227,13 @@ def test_policy_accuracy_by_hand() -> None:
     mask = torch.tensor([[True, False], [True, True]])
     # log-ratios to a reference of zeros: -1 (the 9 is masked) and -3
     assert float(DIAGNOSTICS["accuracy"](logp, torch.zeros(2, 2), mask, torch.tensor([[0, 1]]))) == 1.0
+
+
+def test_steps_without_rows_count_as_constant() -> None:
+    gate = gates.ConstantReward(2)
+    gate(3, torch.zeros(0))
+    with pytest.raises(GateError) as e:
+        gate(4, torch.zeros(0))
+    assert str(e.value) == (
+        "step 4: no row was left for 2 steps (gates.constant_steps=2); try the reward on a file first: rlhf score"
+    )

@@ -26,7 +26,11 @@ class Stateful:
 
 
 def test_positional_parameters_are_columns_and_keyword_only_ones_are_settings() -> None:
-    assert needs(scaled) == {"score"} and needs(partial(scaled, factor=2.0)) == {"score"} and needs(Stateful()) == {"score"}
+    assert (
+        needs(scaled) == {"score"}
+        and needs(partial(scaled, factor=2.0)) == {"score"}
+        and needs(Stateful()) == {"score"}
+    )
     assert needs(ratio) == {"logp", "old_logp"}
 
 

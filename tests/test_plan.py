@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from rlhf_cli import plan as planning
+from rlhf_cli import hardware
 from rlhf_cli.compose import compose
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.hardware import resolve_hardware
@@ -16,7 +16,12 @@ from rlhf_cli.plan import learner_sections, validate
 from rlhf_cli.report.planned import describe
 
 ALGOS = sorted(p.stem for p in (Path(__file__).parents[1] / "conf" / "algo").glob("*.yaml"))
-SAMPLED = [[], ["dataset=jsonl", "dataset.path=x.jsonl"], ["dataset=gsm8k", "reward=math_answer"], ["reward=[bleu,length]"]]
+SAMPLED = [
+    [],
+    ["dataset=jsonl", "dataset.path=x.jsonl"],
+    ["dataset=gsm8k", "reward=math_answer"],
+    ["reward=[bleu,length]"],
+]
 PAIRS = ["dataset=preferences", "dataset.path=x.jsonl"]
 RANKINGS = ["dataset=alpaca_eval", "dataset.path=x.jsonl"]
 DEMONSTRATIONS = ["dataset=demonstrations", "dataset.path=x.jsonl"]
@@ -116,7 +121,7 @@ def test_what_is_loaded_follows_from_the_columns(
             "(credit=group_norm_to_go, credit=gae)",
         ),
         (["hardware.offload=cpu"], "hardware.offload=cpu needs hardware.zero=2 or 3; it is 0"),
-        (["hardware.zero=4"], "hardware.zero=4: choose 0, 1, 2 or 3"),
+        (["hardware.zero=4"], "hardware.zero: 4 is not allowed; choose one of 0, 1, 2, 3"),
         (["hardware.precision=fp16"], "hardware.precision: 'fp16' is not allowed; choose one of auto, fp32, bf16; did you mean 'bf16'?"),
         (["hardware.device=gpu"], "hardware.device: 'gpu' is not allowed; choose one of auto, cpu, cuda; did you mean 'cpu'?"),
         (["optim.schedule=cosin"], "optim.schedule: 'cosin' is not allowed; choose one of constant, linear, cosine; did you mean 'cosine'?"),
@@ -160,9 +165,14 @@ def test_a_term_without_objective_and_with_an_unknown_key() -> None:
     cfg.updates.policy.surrogate = {"coeff": 1.0}
     with pytest.raises(ConfigError) as e:
         validate(cfg)
-    assert str(e.value) == "updates.policy.surrogate.coeff: unknown; a term has objective, reduce, coef; did you mean 'coef'?"
+    assert (
+        str(e.value)
+        == "updates.policy.surrogate.coeff: unknown; a term has objective, reduce, coef; did you mean 'coef'?"
+    )
     cfg.updates.policy.surrogate = {"coef": 1.0}
-    with pytest.raises(ConfigError, match=r"updates.policy.surrogate: has no objective; choose one \(rlhf list objective\)"):
+    with pytest.raises(
+        ConfigError, match=r"updates.policy.surrogate: has no objective; choose one \(rlhf list objective\)"
+    ):
         validate(cfg)
 
 
@@ -206,12 +216,12 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_auto_hardware_without_a_gpu(no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "_cpu_has", lambda flag: False)
-    monkeypatch.setattr(planning.os, "sched_getaffinity", lambda pid: set(range(6)))
+    monkeypatch.setattr(hardware, "_cpu_has", lambda flag: False)
+    monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda pid: set(range(6)))
     found = resolve_hardware(config())
     assert found == {"device": "cpu", "processes": 1, "precision": "fp32", "threads": 6, "micro_batch_tokens": 2048}
     assert resolve_hardware(config("hardware.processes=4"))["threads"] == 1
-    monkeypatch.setattr(planning, "_cpu_has", lambda flag: flag == "amx_bf16")
+    monkeypatch.setattr(hardware, "_cpu_has", lambda flag: flag == "amx_bf16")
     assert resolve_hardware(config())["precision"] == "bf16"
     assert resolve_hardware(config("hardware=cpu"))["precision"] == "fp32"
 
@@ -225,7 +235,12 @@ def test_a_gpu_that_is_not_there_is_refused(no_gpu: None) -> None:
 def test_auto_hardware_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     found = resolve_hardware(config())
-    assert (found["device"], found["processes"], found["precision"], found["micro_batch_tokens"]) == ("cuda", 2, "bf16", 16384)
+    assert (found["device"], found["processes"], found["precision"], found["micro_batch_tokens"]) == (
+        "cuda",
+        2,
+        "bf16",
+        16384,
+    )
     with pytest.raises(ConfigError) as e:
         resolve_hardware(config("hardware.processes=3"))
     assert str(e.value) == "hardware.processes=3: 2 GPUs are visible"
@@ -237,12 +252,23 @@ def test_auto_hardware_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_plan_in_words(no_gpu: None) -> None:
-    text = describe(config("algo=ppo", "steps=5", "batch.prompts=4", "batch.samples=3", "batch.epochs=2", "batch.minibatches=2", "hardware=cpu"))
+    text = describe(
+        config(
+            "algo=ppo",
+            "steps=5",
+            "batch.prompts=4",
+            "batch.samples=3",
+            "batch.epochs=2",
+            "batch.minibatches=2",
+            "hardware=cpu",
+            "rollout.max_tokens=64",
+        )
+    )
     lines = text.splitlines()
     assert lines[0] == "algo=ppo reward=bleu dataset=quickstart model=tiny_random"
-    assert "  4 prompts x 3 samples = 12 rows a step, over 1 process(es)" in lines
-    assert "  5 steps x 2 epoch(s) x 2 minibatch(es) = 20 optimizer steps" in lines
-    assert f"  at most {12 * 64} new tokens a step (64 per response)" in lines
+    assert "  4 prompts x 3 samples = 12 rows a step, over 1 process" in lines
+    assert "  5 steps x 2 epochs x 2 minibatches = 20 optimizer steps" in lines
+    assert f"  at most {12 * 64} new tokens a step (64 a response)" in lines
     models = lines[lines.index("Models") + 1 : lines.index("Memory per process (estimate)") - 1]
     assert [m.split()[0] for m in models] == ["policy", "critic", "reference"]
     assert "trained; answers the prompts" in models[0] and "gives ref_logp" in models[2]
@@ -253,7 +279,7 @@ def test_the_plan_in_words(no_gpu: None) -> None:
 
 def test_a_recorded_plan_in_words(no_gpu: None) -> None:
     text = describe(config("algo=dpo", *PAIRS, "batch.prompts=4", "hardware=cpu"))
-    assert "  4 records a step with all their responses, over 1 process(es)" in text.splitlines()
+    assert "  4 records a step with all their responses, over 1 process" in text.splitlines()
     assert "read recorded responses of x.jsonl" in text and "Notes" in text
 
 
@@ -263,7 +289,11 @@ def test_the_memory_estimate_counts_bytes(no_gpu: None) -> None:
     lines = {line.split()[0]: line for line in describe(text).splitlines() if " GB " in line}
     assert "27.20 GB" in lines["policy"] and "weights 6.80 + gradients 6.80 + AdamW 13.60" in lines["policy"]
     assert "6.80 GB" in lines["reference"]
-    sharded = describe(compose("train", ["model=smollm2_1_7b", "hardware=zero3", "hardware.processes=4", "hardware.precision=fp32"], None))
+    sharded = describe(
+        compose(
+            "train", ["model=smollm2_1_7b", "hardware=zero3", "hardware.processes=4", "hardware.precision=fp32"], None
+        )
+    )
     assert "weights 1.70 + gradients 1.70 + AdamW 3.40" in sharded
 
 

@@ -121,7 +121,10 @@ def test_annotating_asks_each_model_for_its_output() -> None:
 
     exp = stages.annotating({"ref_logp": (Fake(), "logp"), "value": (Fake(), "value_new")})(experience())
     assert exp.ref_logp[0, 0] == 4 and exp.value[0, 0] == 9 and exp.old_logp is None
-    assert len(stages.annotating({"ref_logp": (Fake(), "logp")})(experience().rows(torch.zeros(0, dtype=torch.int64)))) == 0
+    assert (
+        len(stages.annotating({"ref_logp": (Fake(), "logp")})(experience().rows(torch.zeros(0, dtype=torch.int64))))
+        == 0
+    )
 
 
 def test_the_score_lands_on_the_last_trained_token() -> None:
@@ -165,7 +168,9 @@ def test_crediting_refuses_advantages_out_of_scale() -> None:
 
 
 def many(groups: int) -> Experience:
-    group = torch.arange(groups).repeat_interleave(3)[torch.randperm(groups * 3, generator=torch.Generator().manual_seed(0))]
+    group = (5 * torch.arange(groups) + 3).repeat_interleave(3)[
+        torch.randperm(groups * 3, generator=torch.Generator().manual_seed(0))
+    ]
     return Experience(ids=torch.zeros(groups * 3, 2, dtype=torch.int64), group=group)
 
 

@@ -68,6 +68,8 @@ def test_the_probe_makes_two_groups_of_two_rows_of_different_length() -> None:
 
 def test_recorded_rows_are_scored_at_temperature_one() -> None:
     def temperature(source: str, t: float) -> float:
-        return wiring.temperature_of(SimpleNamespace(rollout=SimpleNamespace(temperature=t)), SimpleNamespace(source=source))  # type: ignore[arg-type]
+        return wiring.temperature_of(
+            SimpleNamespace(rollout=SimpleNamespace(temperature=t)), SimpleNamespace(source=source)
+        )  # type: ignore[arg-type]
 
     assert (temperature("sampled", 0.7), temperature("sampled", 0.0), temperature("recorded", 0.7)) == (0.7, 1.0, 1.0)

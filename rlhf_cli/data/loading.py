@@ -32,6 +32,13 @@ def load(cfg: Any, split: Split) -> list[Record]:
     return chosen[: spec.limit] if split == "train" and spec.limit else chosen
 
 
+def load_whole(cfg: Any) -> list[Record]:
+    """Every record of `path`, nothing held out: for files that are read and not trained on."""
+    spec = spec_of(cfg)
+    records = [r for r, _ in _records(spec, "train", _stamp(spec, "train"))]
+    return records[: spec.limit] if spec.limit else records
+
+
 def fingerprint(cfg: Any) -> dict[str, Any]:
     """What was loaded, for provenance: names, sha256 of content and counts of both splits."""
     spec = spec_of(cfg)

@@ -27,7 +27,7 @@ OPTIONAL = ("references", "margin", "messages")
 PROVIDES: dict[str, frozenset[str]] = {
     "prompts": frozenset(),
     "pairs": frozenset({"pairs", "responses"}),
-    "rankings": frozenset({"pairs", "responses"}),
+    "rankings": frozenset({"pairs", "margin", "responses"}),  # margin: the difference of the scores
     "thumbs": frozenset({"label", "responses"}),
     "demonstrations": frozenset({"references", "responses"}),
 }
@@ -89,12 +89,13 @@ def spec_of(cfg: Any) -> Spec:
 
 
 def gives(cfg: Any) -> frozenset[str]:
-    """Which of references, pairs, label, responses the configured dataset provides, from its shape and columns alone.
+    """Which of references, pairs, margin, label, responses the configured dataset provides, from its shape and columns alone.
 
     A demonstration is its own reference, so that `reward=bleu` runs on demonstrations.
     """
     spec = spec_of(cfg)
-    return PROVIDES[spec.shape] | ({"references"} & dict(spec.columns).keys())
+    mapped = {"references", "margin"} if spec.shape == "pairs" else {"references"}
+    return PROVIDES[spec.shape] | (mapped & dict(spec.columns).keys())
 
 
 def _check(spec: Spec) -> None:

@@ -146,7 +146,12 @@ def notes(run: Path) -> str:
 
 def numbers(run: Path) -> dict[str, list[dict[str, Any]]]:
     """Every logged number that a repeated run must repeat."""
-    names = ["metrics.jsonl", "evaluations.jsonl", "samples.jsonl", *sorted(p.name for p in run.glob("heldout-*.jsonl"))]
+    names = [
+        "metrics.jsonl",
+        "evaluations.jsonl",
+        "samples.jsonl",
+        *sorted(p.name for p in run.glob("heldout-*.jsonl")),
+    ]
     return {n: [{k: v for k, v in r.items() if not k.startswith("time/")} for r in jsonl(run / n)] for n in names}
 
 

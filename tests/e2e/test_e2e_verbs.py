@@ -12,6 +12,7 @@ import pytest
 from e2e_support import TINY, Done
 
 from rlhf_cli import catalog, cli
+from rlhf_cli.record.rundir import RunDir
 
 Rlhf = Callable[..., Done]
 SMALL = ("rollout.max_tokens=6", "dataset.max_prompt_tokens=4096", "hardware.threads=1", "hardware.precision=fp32")
@@ -44,7 +45,9 @@ def test_eval_of_a_model(rlhf: Rlhf) -> None:
     done = rlhf("eval", "model=tiny_random", *SMALL, "reward=[bleu,length]", "eval.prompts=3", "eval.bootstrap=100")
     assert done.code == 0, done.err
     assert "held-out bleu+length on 3 prompts, 95 % bootstrap intervals" in done.out
-    assert re.search(rf"  model, greedy +{NUMBER}  \[", done.out) and re.search(rf"    bleu +{NUMBER}\n    length +", done.out)
+    assert re.search(rf"  model, greedy +{NUMBER}  \[", done.out) and re.search(
+        rf"    bleu +{NUMBER}\n    length +", done.out
+    )
 
 
 def test_generate_from_lines_and_records(run: Path, rlhf: Rlhf, tmp_path: Path) -> None:
@@ -65,20 +68,17 @@ def test_generate_from_lines_and_records(run: Path, rlhf: Rlhf, tmp_path: Path) 
 def test_score_of_recorded_responses(rlhf: Rlhf, tmp_path: Path) -> None:
     rows = [{"prompt": f"p{i}", "response": "a b c d", "references": ["a b c d" if i % 2 else "x y"]} for i in range(6)]
     file, out = e2e.write_rows(tmp_path / "r.jsonl", rows), tmp_path / "scores.jsonl"
-    words = ("dataset=demonstrations", f"dataset.path={file}", "dataset.columns.references=references")
-    done = rlhf("score", *words, "reward=bleu", f"input={file}", f"output={out}")
+    done = rlhf("score", "reward=bleu", f"input={file}", f"output={out}")
     assert done.code == 0, done.err
+    assert "bleu" in done.out and done.out.endswith(f"scores are in {out}\n")
     found = [r["score"] for r in e2e.jsonl(out)]
-    assert found[1::2] == pytest.approx([1.0] * 3) and max(found[::2]) < 0.1
-    plain = rlhf("score", "reward=bleu", f"input={file}")
-    assert plain.code == 0, plain.err
-    assert "bleu" in plain.out
+    assert found[1::2] == pytest.approx([1.0] * 3) and max(found[::2]) < 0.3
 
 
 def test_score_warns_of_a_constant_reward(rlhf: Rlhf, tmp_path: Path) -> None:
     file = e2e.demonstrations(tmp_path / "r.jsonl")
     reward = e2e.python_reward(tmp_path / "mine.py", "values = [0.5] * len(responses)")
-    done = rlhf("score", "reward=python", reward, f"input={file}")
+    done = rlhf("score", "reward=python", reward, f"input={file}", "dataset.columns.references=")
     assert done.code == 0 and "constant" in done.out, done.out + done.err
 
 
@@ -91,7 +91,9 @@ def test_score_warns_of_a_constant_reward(rlhf: Rlhf, tmp_path: Path) -> None:
         (("eval", "model=tiny_random", "reward=none"), "eval: no reward; type reward=bleu (rlhf list reward)"),
     ],
 )
-def test_mistakes_are_one_line(argv: tuple[str, ...], text: str, rlhf: Rlhf, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_mistakes_are_one_line(
+    argv: tuple[str, ...], text: str, rlhf: Rlhf, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     done = rlhf(*argv)
@@ -113,7 +115,11 @@ def test_verbs_that_print(rlhf: Rlhf) -> None:
 def test_the_installed_command_trains_and_reports(tmp_path: Path) -> None:
     done = e2e.shell("train", *TINY, "reward=length", f"run.dir={tmp_path}", "run.name=r", cwd=tmp_path)
     assert done.code == 0, done.err
-    for text in ("Held-out length on 4 prompts (greedy), 95 % intervals", "Before and after", f"rlhf eval {tmp_path}/r"):
+    for text in (
+        "Held-out length on 4 prompts (greedy), 95 % intervals",
+        "Before and after",
+        f"rlhf eval {tmp_path}/r",
+    ):
         assert text in done.out
     assert "Traceback" not in done.out + done.err
 
@@ -143,7 +149,4 @@ def test_one_failing_rank_stops_the_other(error: str, code: int, tmp_path: Path)
     if code == 3:
         assert "rank 1: " in done.err and "boom on one" in done.err
     assert e2e.status(tmp_path / "r")["status"] == "failed"
-    assert e2e.command  # both ranks are gone: the next try may write the run
-    from rlhf_cli.record.rundir import RunDir
-
-    assert RunDir(tmp_path / "r").writer() is None
+    assert RunDir(tmp_path / "r").writer() is None, "both ranks are gone: the next try may write the run"

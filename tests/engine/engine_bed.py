@@ -22,7 +22,7 @@ from rlhf_cli.types import Experience, Term, Update
 
 LR = 1e-3
 SETUP = Setup(
-    zero=0, bf16=False, offload="none", budget=24, packing=True, lr=LR, betas=(0.9, 0.999), eps=1e-2, weight_decay=0.01, clip=0.5, extra={}
+    zero=0, bf16=False, offload="none", budget=24, lr=LR, betas=(0.9, 0.999), eps=1e-2, weight_decay=0.01, clip=0.5, extra={}
 )  # fmt: skip
 surrogate = Term("surrogate", partial(ppo_clip, eps_low=0.2, eps_high=0.2, dual_clip=None), sequence_mean)
 preference = Term("preference", partial(dpo, beta=0.3, label_smoothing=0.0))
@@ -64,7 +64,9 @@ def head(dtype: torch.dtype = torch.float32) -> PolicyHead:
 
 
 def engine(comm: Comm, **changes: Any) -> DeepSpeedEngine:
-    return DeepSpeedEngine("policy", head(torch.bfloat16 if changes.get("bf16") else torch.float32), replace(SETUP, **changes), comm)
+    return DeepSpeedEngine(
+        "policy", head(torch.bfloat16 if changes.get("bf16") else torch.float32), replace(SETUP, **changes), comm
+    )
 
 
 def weights(e: DeepSpeedEngine) -> dict[str, Tensor]:
@@ -96,7 +98,15 @@ def main(out: Path) -> None:
         again = steps(e, (COUPLED, FUSED))
         final = weights(e)
         if comm.rank == 0:
-            kept = {"stats": stats, "more": more, "again": again, "before": before, "loaded": loaded, "after": after, "final": final}
+            kept = {
+                "stats": stats,
+                "more": more,
+                "again": again,
+                "before": before,
+                "loaded": loaded,
+                "after": after,
+                "final": final,
+            }
             torch.save(copy.deepcopy(kept) | {"state": state, "world": comm.world}, folder / "kept.pt")
         comm.barrier()
 

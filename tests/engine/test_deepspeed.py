@@ -29,7 +29,10 @@ BED = Path(__file__).with_name("engine_bed.py")
 def comm() -> Iterator[Comm]:
     before = {k: os.environ.get(k) for k in LAUNCHER}
     yield start(torch.device("cpu"))
-    for k, v in before.items():  # what this module's lone process made is nothing for the programs that later tests start
+    for (
+        k,
+        v,
+    ) in before.items():  # what this module's lone process made is nothing for the programs that later tests start
         if v is None:
             os.environ.pop(k, None)
         else:
@@ -49,7 +52,9 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def plain_torch(clip: float) -> tuple[dict[str, Tensor], list[float], list[float]]:
     """The same steps by autograd on everything at once: weights, gradient norms before clipping, losses."""
     module, exp = head(), experience()
-    optimizer = torch.optim.AdamW(module.parameters(), lr=LR, betas=SETUP.betas, eps=SETUP.eps, weight_decay=SETUP.weight_decay)
+    optimizer = torch.optim.AdamW(
+        module.parameters(), lr=LR, betas=SETUP.betas, eps=SETUP.eps, weight_decay=SETUP.weight_decay
+    )
     norms, losses = [], []
     for update in SCHEDULE:
         outs = module(**stage_inputs(exp, torch.arange(len(exp))), want=frozenset({"logp"}))
@@ -134,7 +139,9 @@ def poisoned() -> Experience:
     return replace(exp, advantage=bad)
 
 
-@pytest.mark.parametrize(("zero", "kind"), [(0, "loss"), (3, "loss"), (0, "gradient"), (1, "gradient"), (2, "gradient"), (3, "gradient")])
+@pytest.mark.parametrize(
+    ("zero", "kind"), [(0, "loss"), (3, "loss"), (0, "gradient"), (1, "gradient"), (2, "gradient"), (3, "gradient")]
+)
 def test_non_finite_numbers_stop_the_run_and_change_no_weight(comm: Comm, zero: int, kind: str) -> None:
     e = engine(comm, zero=zero)
     e.step(experience(), FUSED, lr=LR)
@@ -159,7 +166,9 @@ def test_going_on_from_a_checkpoint_is_bit_identical(comm: Comm, tmp_path: Path,
     steps(e)
     state = json.loads(json.dumps(e.save(tmp_path)))
     more, wanted = steps(e), weights(e)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [f"policy.{x}.safetensors" for x in ("exp_avg", "exp_avg_sq", "weights")]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        f"policy.{x}.safetensors" for x in ("exp_avg", "exp_avg_sq", "weights")
+    ]
     for target in (e, engine(comm, **settings)):  # the same engine, and a fresh process's
         target.load(tmp_path, state)
         assert target.updates == 3
@@ -207,7 +216,16 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = BED.parents[2]
     env = {k: v for k, v in os.environ.items() if k not in LAUNCHER}
     env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(root), env.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(BED), str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(BED),
+        str(out),
+    ]
     done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return out

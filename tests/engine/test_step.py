@@ -97,7 +97,9 @@ COUPLED = {
 each_budget = pytest.mark.parametrize("budget", [1, 9, 17, 30, 1000])
 
 
-def run_single(terms: tuple[Term, ...], exp: Experience, plans: list[list[Tensor | None]]) -> tuple[Tensor, list[dict[str, Tensor]]]:
+def run_single(
+    terms: tuple[Term, ...], exp: Experience, plans: list[list[Tensor | None]]
+) -> tuple[Tensor, list[dict[str, Tensor]]]:
     """The sum of what every rank would contribute."""
     model = Model()
     outs = [exact.single_pass(terms, exp, batches, model.forward, model.backward) for batches in plans]
@@ -143,7 +145,9 @@ def test_pairs_that_straddle_micro_batches_keep_their_gradient(name: str, world:
 def test_a_single_pass_would_be_wrong_for_pairs() -> None:
     """The bed can tell: with one row per micro-batch no pair survives inside one."""
     exp = experience()
-    liar = rowwise(lambda logp, ref_logp, mask, pairs: -logsigmoid((((logp - ref_logp) * mask).sum(-1))[pairs].diff(dim=-1)[:, 0]))
+    liar = rowwise(
+        lambda logp, ref_logp, mask, pairs: -logsigmoid((((logp - ref_logp) * mask).sum(-1))[pairs].diff(dim=-1)[:, 0])
+    )
     with pytest.raises(ValueError, match=r"term liar: the objective gives \[0\], its reduction \[1\]"):
         run_single((Term("liar", liar),), exp, exact.micro_batches(exp, 1, 1, True))
 
@@ -165,7 +169,9 @@ def test_fillers_run_and_contribute_exactly_nothing() -> None:
     model = Model()
     outs = exact.single_pass(terms, exp, [None], model.forward, model.backward)
     assert not model.grad().any() and model.calls == [[0]]
-    assert set(outs) == {"logp", "score_new"} and not any(v.any() for v in outs.values()), "ranks sum their columns, so all have them"
+    assert set(outs) == {"logp", "score_new"} and not any(v.any() for v in outs.values()), (
+        "ranks sum their columns, so all have them"
+    )
     idle = exact.infer(exp, [None], model.forward)
     assert set(idle) == {"logp", "score_new"} and not any(v.any() for v in idle.values())
 
@@ -271,7 +277,9 @@ def test_collect_places_cut_rows_and_zeroes_the_rest() -> None:
     assert out["score_new"].tolist() == [0, 0, 0, 5, 0, 0, 0, 0, 0]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="NO GPU: mixing its outputs with experience on the CPU is not tested")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="NO GPU: mixing its outputs with experience on the CPU is not tested"
+)
 @pytest.mark.parametrize("single", [True, False])
 def test_outputs_on_a_gpu_meet_experience_on_the_cpu(single: bool) -> None:
     terms, exp = ROWWISE["tokens"], experience()

@@ -27,7 +27,9 @@ def test_log_prob_and_entropy_of_a_two_word_vocabulary(temperature: float, cap: 
 
 
 def test_half_precision_logits_are_reduced_in_float32_and_float64_stays() -> None:
-    (logp,) = _token_logp(nn.Identity(), torch.zeros(1, 1000, dtype=torch.bfloat16), torch.tensor([3]), 1.0, None, False)
+    (logp,) = _token_logp(
+        nn.Identity(), torch.zeros(1, 1000, dtype=torch.bfloat16), torch.tensor([3]), 1.0, None, False
+    )
     assert logp.dtype == torch.float32
     assert logp.item() == pytest.approx(-log(1000), abs=1e-5)  # bf16 would be off by 0.01
     assert precise(torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
@@ -36,7 +38,10 @@ def test_half_precision_logits_are_reduced_in_float32_and_float64_stays() -> Non
 def test_a_head_receives_the_chosen_rows_cut_to_their_longest() -> None:
     attention = torch.arange(6) < torch.tensor([6, 2, 3])[:, None]
     exp = Experience(
-        ids=torch.arange(18).view(3, 6), attention=attention, mask=attention & (torch.arange(6) > 0), group=torch.tensor([5, 6, 7])
+        ids=torch.arange(18).view(3, 6),
+        attention=attention,
+        mask=attention & (torch.arange(6) > 0),
+        group=torch.tensor([5, 6, 7]),
     )
     got = stage_inputs(exp, torch.tensor([2, 1]))
     assert got["ids"].tolist() == [[12, 13, 14], [6, 7, 8]]

@@ -188,7 +188,9 @@ def test_the_gate_trips_on_a_corrupted_mask(monkeypatch: pytest.MonkeyPatch) -> 
 
 def trips() -> None:
     head = PolicyHead(causal(), temperature=1.0, packing=True)
-    with pytest.raises(GateError, match=r"log-probs change by .* nats a token when rows go through the model alone") as e:
+    with pytest.raises(
+        GateError, match=r"log-probs change by .* nats a token when rows go through the model alone"
+    ) as e:
         check_invariance(engine_of(head), ragged(), "logp", 1e-3, rows=8)
     assert "gates.invariance=0.001" in str(e.value) and str(e.value).endswith("set model.packing=false")
     assert head.packing, "the switch is put back"

@@ -29,7 +29,9 @@ def test_it_covers_the_truth_about_as_often_as_it_says() -> None:
     g = torch.Generator().manual_seed(1)
     intervals = [bootstrap(torch.randn(60, generator=g).tolist(), 400, seed=i) for i in range(200)]
     covered = sum(i.low <= 0 <= i.high for i in intervals)
-    assert 177 <= covered <= 199  # 190 expected, standard deviation 3.1; a 90 % interval would give 180, this one leans to 187
+    assert (
+        177 <= covered <= 199
+    )  # 190 expected, standard deviation 3.1; a 90 % interval would give 180, this one leans to 187
 
 
 def test_degenerate_data() -> None:
@@ -41,7 +43,11 @@ def test_degenerate_data() -> None:
 
 
 def test_excluding_zero_and_the_printed_form() -> None:
-    assert Interval(1, 0.1, 2).excludes_zero and Interval(-1, -2, -0.1).excludes_zero and not Interval(0.5, -0.1, 2).excludes_zero
+    assert (
+        Interval(1, 0.1, 2).excludes_zero
+        and Interval(-1, -2, -0.1).excludes_zero
+        and not Interval(0.5, -0.1, 2).excludes_zero
+    )
     assert str(Interval(0.5, -0.25, 1.25)) == "+0.5000 [-0.2500, +1.2500]"
 
 
@@ -88,7 +94,12 @@ def test_generated_rows_carry_their_scores() -> None:
     comm, ids = Comm(torch.device("cpu")), [[256, *b"one"], [256, *b"two"]]
     rows = generate_and_score(sampler, scorer, records, ids, comm, Decoding(max_tokens=5, rows=4), k=2, seed=0)
     assert [(r["uid"], r["sample"]) for r in rows] == [("one", 0), ("one", 1), ("two", 0), ("two", 1)]
-    assert [r["score"] for r in rows] == [len(rows[0]["response"]), None, len(rows[2]["response"]), len(rows[3]["response"])]
+    assert [r["score"] for r in rows] == [
+        len(rows[0]["response"]),
+        None,
+        len(rows[2]["response"]),
+        len(rows[3]["response"]),
+    ]
     assert all(0 < r["tokens"] <= 5 for r in rows) and rows[0]["components"] == {"length": rows[0]["score"]}
     again = generate_and_score(sampler, None, records, ids, comm, Decoding(max_tokens=5, rows=4), k=2, seed=0)
     assert [r["response"] for r in again] == [r["response"] for r in rows] and "score" not in again[0]
