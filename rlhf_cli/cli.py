@@ -111,8 +111,18 @@ def on_model(request: Request) -> int:
     return run_verb(request, with_model(request.words))
 
 
+def inherited(cfg: DictConfig, words: list[str]) -> DictConfig:
+    """What a run was trained on is what it is measured on, unless the command line says otherwise."""
+    if not cfg.get("model") or not (Path(cfg.model.path or "-") / "config.yaml").exists():
+        return cfg
+    from rlhf_cli.compose import inherit
+    from rlhf_cli.config import load_config
+
+    return inherit(cfg, load_config(Path(cfg.model.path)), words, ("dataset", "reward", "rollout"))
+
+
 def run_verb(request: Request, words: list[str] | None = None) -> int:
-    cfg = compose(request, words)
+    cfg = inherited(compose(request, words), request.words)
     if request.cfg:
         return print_config(cfg)
     from rlhf_cli.launch.local import run_verb as run

@@ -118,6 +118,15 @@ def check_overrides(
     asked = [_parse(text) for text in overrides]
     known, default = catalog.groups(config_dir), catalog.defaults(config_name)
     kept: list[Override] = []
+    twice = [
+        o
+        for i, o in enumerate(asked)
+        if o.key_or_group in known and o.key_or_group in {p.key_or_group for p in asked[:i]}
+    ]
+    if twice and not sweep:
+        group = twice[0].key_or_group
+        both = ",".join(p.input_line.partition("=")[2] for p in asked if p.key_or_group == group and p.input_line)
+        raise ConfigError(f"{group} is given twice; type {group}=[{both}] for both")
     for o in asked:
         if o.is_sweep_override() and not sweep:
             raise ConfigError(
@@ -205,6 +214,17 @@ def _options(o: Override) -> list[str]:
 
 
 # ---- overrides of a frozen configuration ----
+
+
+def inherit(cfg: DictConfig, run: DictConfig, words: list[str], sections: Iterable[str]) -> DictConfig:
+    """`cfg` with a run's own sections, except where `words` choose another option; single settings in `words` still win."""
+    made = OmegaConf.create(cfg)
+    for section in sections:
+        if section in cfg.names and not any(w.startswith(f"{section}=") for w in words):
+            OmegaConf.update(made, section, run[section], merge=False)
+            made = override(made, [w for w in words if w.lstrip("+").startswith(f"{section}.")])
+            made.names[section] = run.names.get(section, "")
+    return made
 
 
 def override(cfg: DictConfig, overrides: list[str]) -> DictConfig:

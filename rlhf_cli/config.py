@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, make_dataclass
 from functools import partial
@@ -236,6 +238,8 @@ def check_node(
         raise ConfigError(
             f"{key}._target_: {target} is outside {PACKAGE}; allow its module with allow_targets=[{module}]"
         )
+    if module.partition(".")[0] != PACKAGE and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # the user's module lies where the command is typed
     sig = signature(target)
     for name in reserved:
         settings.pop(name, None)

@@ -12,14 +12,14 @@ from typing import Any
 from rlhf_cli.errors import ConfigError
 
 
-def resolve_hardware(cfg: Any) -> dict[str, Any]:
-    """The `auto` values of `hardware`, decided for this machine."""
+def resolve_hardware(cfg: Any, *, here: bool = True) -> dict[str, Any]:
+    """The `auto` values of `hardware`, decided for this machine; with `here` off, a GPU run may be planned without a GPU."""
     gpus = _gpus()
     device = cfg.hardware.device if cfg.hardware.device != "auto" else ("cuda" if gpus else "cpu")
-    if device == "cuda" and not gpus:
+    if here and device == "cuda" and not gpus:
         raise ConfigError("hardware.device=cuda: no NVIDIA GPU is visible; type hardware=cpu")
-    processes = cfg.hardware.processes or (gpus if device == "cuda" else 1)
-    if device == "cuda" and processes > gpus:
+    processes = cfg.hardware.processes or (max(1, gpus) if device == "cuda" else 1)
+    if here and device == "cuda" and processes > gpus:
         raise ConfigError(f"hardware.processes={processes}: {gpus} GPUs are visible")
     precision = cfg.hardware.precision
     if precision == "auto":

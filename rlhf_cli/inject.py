@@ -42,6 +42,12 @@ def is_rowwise(fn: Callable[..., Any]) -> bool:
     return bool(getattr(getattr(fn, "func", fn), "rowwise", False))
 
 
+def per_row(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Declare that `fn` gives one value per row, [N], not per token; the planner reads it."""
+    fn.per_row = True  # type: ignore[attr-defined]
+    return fn
+
+
 def rowwise(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Promise that no row of the result depends on another row; allows the single-pass step."""
     fn.rowwise = True  # type: ignore[attr-defined]

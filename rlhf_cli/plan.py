@@ -220,9 +220,22 @@ def _terms(cfg: Any) -> Iterable[tuple[str, str, str, Signature]]:
                 raise ConfigError(
                     f"{key}: has no objective; choose one (rlhf list objective), or delete the term with {key}=null"
                 )
-            yield learner, term, "objective", _check(cfg, node["objective"], f"{key}.objective")
+            sig = _check(cfg, node["objective"], f"{key}.objective")
+            _check_reduce(key, sig, bool(node.get("reduce")))
+            yield learner, term, "objective", sig
             if node.get("reduce"):
                 yield learner, term, "reduce", _check(cfg, node["reduce"], f"{key}.reduce")
+
+
+def _check_reduce(key: str, sig: Signature, reduces: bool) -> None:
+    """A value per token needs a reduction; a value per row or per pair is averaged as it is."""
+    whole = "row" if sig.per_row else "pair" if "pairs" in sig.columns else "row" if "score_new" in sig.columns else ""
+    if whole and reduces:
+        raise ConfigError(
+            f"{key}.reduce: {_short(sig)} gives one value per {whole}, not per token; type {key}.reduce=null"
+        )
+    if not whole and not reduces:
+        raise ConfigError(f"{key}.reduce: {_short(sig)} gives a value per token; choose a reduction (rlhf list reduce)")
 
 
 def learner_sections(cfg: Any) -> dict[str, Any]:

@@ -40,6 +40,7 @@ class Signature:
     gives: tuple[str, ...]
     doc: str
     rowwise: bool
+    per_row: bool
     flags: dict[str, Any]  # literal class attributes, e.g. needs_references = True
 
 
@@ -65,6 +66,7 @@ def signature(target: str) -> Signature:
         gives=marks.get("gives", ()),
         doc=doc.strip(),
         rowwise="rowwise" in marks,
+        per_row="per_row" in marks,
         flags=_flags(node) if isinstance(node, ast.ClassDef) else {},
     )
 

@@ -183,7 +183,7 @@ def score(cfg: Any) -> int:
 
 
 def _responses(cfg: Any) -> list[Record]:
-    """Recorded responses of `input`, or of the dataset; prompts with references score their own references."""
+    """Recorded responses of `input`, or of the dataset's held-out part."""
     records = load_whole(_of_input(cfg, "demonstrations")) if cfg.input else load(cfg.dataset, "heldout")
     if not any(r.responses for r in records):
         raise ConfigError(

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlhf_cli.inject import rowwise
+from rlhf_cli.inject import per_row, rowwise
 from rlhf_cli.kl import bounded_exp, estimate
 
 
@@ -54,6 +54,7 @@ def reinforce(logp: Tensor, advantage: Tensor) -> Tensor:
     return -advantage * logp
 
 
+@per_row
 @rowwise
 def sequence_ratio_clip(
     logp: Tensor,

@@ -11,7 +11,7 @@ from rlhf_cli.plan import HEADS, Plan, validate
 
 def describe(cfg: Any) -> str:
     """The plan as text: what runs, in which order, on what, and what it needs."""
-    plan, hw = validate(cfg), resolve_hardware(cfg)
+    plan, hw = validate(cfg), resolve_hardware(cfg, here=False)
     world = hw["processes"]
     names = dict(cfg.names)
     title = " ".join(f"{k}={names[k]}" for k in ("algo", "reward", "dataset", "model") if names.get(k))

@@ -83,7 +83,9 @@ def _recorded(path: Path) -> list[str]:
 
 
 def _next(path: Path, cfg: Any, sampled: bool) -> list[str]:
-    lines = [f"Files        {path}/metrics.jsonl, samples.jsonl, heldout-*.jsonl, tensorboard/, export/"]
+    wanted = ("metrics.jsonl", "samples.jsonl", "heldout-*.jsonl", "tensorboard", "export")
+    there = [n for n in wanted if next(path.glob(n), None)]
+    lines = [f"Files        {path}/{{{', '.join(there)}}}"]
     if not (path / "export").exists():
         return [*lines, f"Next         rlhf resume {path} steps={2 * cfg.steps}"]
     if "policy" not in cfg.updates:

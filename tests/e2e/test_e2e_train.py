@@ -174,12 +174,12 @@ def test_a_key_is_nowhere_in_the_run(train: Train, monkeypatch: pytest.MonkeyPat
 
 
 def test_another_experiment_may_not_take_over_a_run(train: Train, rlhf: Rlhf, tmp_path: Path) -> None:
-    run = train("r", "reward=length")
+    run = train("r", "reward=length", "optim.lr=0.25")
     done = rlhf("train", *TINY, f"run.dir={tmp_path}", "run.name=r", "reward=length", "optim.lr=0.5")
     assert done.code == 2
     assert done.err == (
-        f"rlhf: error: run {run} exists with another configuration: optim.lr was 1e-06, now 0.5; choose another "
+        f"rlhf: error: run {run} exists with another configuration: optim.lr was 0.25, now 0.5; choose another "
         f"run.name, or change it on purpose with rlhf resume {run} optim.lr=0.5\n"
     )
-    never = rlhf("train", *TINY, f"run.dir={tmp_path}", "run.name=r", "reward=length", "resume=never")
+    never = rlhf("train", *TINY, f"run.dir={tmp_path}", "run.name=r", "reward=length", "optim.lr=0.25", "resume=never")
     assert never.code == 2 and f"run {run} exists and resume=never" in never.err
