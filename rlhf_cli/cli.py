@@ -115,8 +115,8 @@ def inherited(cfg: DictConfig, words: list[str]) -> DictConfig:
     """What a run was trained on is what it is measured on, unless the command line says otherwise."""
     if not cfg.get("model") or not (Path(cfg.model.path or "-") / "config.yaml").exists():
         return cfg
-    from rlhf_cli.compose import inherit
     from rlhf_cli.config import load_config
+    from rlhf_cli.override import inherit
 
     return inherit(cfg, load_config(Path(cfg.model.path)), words, ("dataset", "reward", "rollout"))
 

@@ -94,7 +94,7 @@ def _each_value(asked: list[Override]) -> list[Override]:
     """The overrides with each choice of a sweep on its own."""
     single = [o for o in asked if not o.is_sweep_override()]
     return single + [
-        _parse(f"{o.get_key_element()}={text}")
+        parse_override(f"{o.get_key_element()}={text}")
         for o in asked
         if o.is_choice_sweep()
         for text in o.sweep_string_iterator()
@@ -115,7 +115,7 @@ def check_overrides(
     config_name: str, overrides: list[str], config_dir: str | None, *, sweep: bool = False
 ) -> list[Override]:
     """Parse the overrides, check the groups and options they name, and drop `group=null` where the group is empty."""
-    asked = [_parse(text) for text in overrides]
+    asked = [parse_override(text) for text in overrides]
     known, default = catalog.groups(config_dir), catalog.defaults(config_name)
     kept: list[Override] = []
     twice = [
@@ -136,12 +136,12 @@ def check_overrides(
             if o.value() is None and o.key_or_group in default and default[o.key_or_group] is None:
                 continue
             _check_group(o, config_name, known, default)
-        _check_learner(o)
+        check_learner(o)
         kept.append(o)
     return kept
 
 
-def _check_learner(o: Override) -> None:
+def check_learner(o: Override) -> None:
     parts = o.key_or_group.split(".")
     if parts[0] == "learners" and len(parts) == 3 and catalog.field_of(o.key_or_group) is None:
         names = [f.name for f in dataclasses.fields(LearnerSection)]
@@ -171,7 +171,7 @@ def _line(o: Override, terms: tuple[str, ...] = ()) -> str:
     return f"++{text}" if key.startswith((*OPEN, *terms)) or whole_term else text
 
 
-def _parse(text: str) -> Override:
+def parse_override(text: str) -> Override:
     key = text.lstrip("-").partition("=")[0]
     if text.startswith("-"):
         raise ConfigError(f"{text}: no such option; settings are typed key=value, e.g. {key}=VALUE")
@@ -216,51 +216,6 @@ def _options(o: Override) -> list[str]:
 # ---- overrides of a frozen configuration ----
 
 
-def inherit(cfg: DictConfig, run: DictConfig, words: list[str], sections: Iterable[str]) -> DictConfig:
-    """`cfg` with a run's own sections, except where `words` choose another option; single settings in `words` still win."""
-    made = OmegaConf.create(cfg)
-    for section in sections:
-        if section in cfg.names and not any(w.startswith(f"{section}=") for w in words):
-            OmegaConf.update(made, section, run[section], merge=False)
-            made = override(made, [w for w in words if w.lstrip("+").startswith(f"{section}.")])
-            made.names[section] = run.names.get(section, "")
-    return made
-
-
-def override(cfg: DictConfig, overrides: list[str]) -> DictConfig:
-    """A copy of a run's configuration with `key=value` settings changed; its groups stay as they were chosen."""
-    made = OmegaConf.create(cfg)
-    OmegaConf.set_struct(made, True)
-    groups = {*catalog.groups(None), *catalog.defaults("train")}
-    for o in [_parse(text) for text in overrides]:
-        _check_plain(o, made, groups)
-        wrong = _of_override(o, made, groups, None)
-        if wrong:
-            raise ConfigError(wrong)
-    names = dict(made.names)
-    made = finish(made, {}, [])
-    made.names = names
-    return made
-
-
-def _check_plain(o: Override, cfg: DictConfig, groups: set[str]) -> None:
-    """Refuse what is not the change of a setting."""
-    key = o.key_or_group
-    if o.package or (key in groups and (o.is_delete() or not isinstance(o.value(), dict))):
-        was = cfg.names.get(key)
-        raise ConfigError(
-            f"{o.input_line}: a run keeps its {key}{f' ({was})' if was else ''}; for another, start a new run: "
-            f"rlhf train {o.input_line}"
-        )
-    if o.is_sweep_override():
-        raise ConfigError(f"{o.input_line}: several values; type one, or {key}=[a,b] for a list")
-    if o.is_delete():
-        raise ConfigError(f"{o.input_line}: nothing can be deleted from a run; give it another value")
-    if key in ("run", "run.name", "run.dir", "names") or key.startswith("names."):
-        raise ConfigError(f"{o.input_line}: a run keeps its name and place; move its folder instead")
-    _check_learner(o)
-
-
 # ---- explanations, after Hydra refused ----
 
 
@@ -275,15 +230,15 @@ def _explain(error: Exception, config_name: str, asked: list[Override], config_d
     for o in asked:
         if o in chosen:
             continue
-        wrong = _of_override(o, base, groups, config_dir)
+        wrong = explain_override(o, base, groups, config_dir)
         if wrong:
             return wrong
     return _first_line(error)
 
 
-def _of_override(o: Override, base: DictConfig, groups: set[str], config_dir: str | None) -> str:
+def explain_override(o: Override, base: DictConfig, groups: set[str], config_dir: str | None) -> str:
     """What is wrong with one override, or an empty string."""
-    key, sent = o.key_or_group, _parse(_line(o))
+    key, sent = o.key_or_group, parse_override(_line(o))
     adds = sent.is_add() or sent.is_force_add()
     unknown = "" if adds else unknown_key(base, key, groups, config_dir)
     if unknown:

@@ -10,9 +10,10 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_cli import catalog
-from rlhf_cli.compose import compose, override
+from rlhf_cli.compose import compose
 from rlhf_cli.config import Root, build, check_node
 from rlhf_cli.errors import ConfigError
+from rlhf_cli.override import inherit, override
 from rlhf_cli.plan import validate
 from rlhf_cli.report.planned import describe
 
@@ -225,3 +226,11 @@ def test_a_saved_configuration_can_be_overridden(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(train_cfg("algo=dpo"), resolve=True))
     made = override(load_config(tmp_path), ["hardware.processes=2", "updates.policy.preference.objective.beta=0.2"])
     assert (made.hardware.processes, made.updates.policy.preference.objective.beta) == (2, 0.2)
+
+
+def test_a_run_is_measured_on_what_it_was_trained_on() -> None:
+    run = compose("train", ["dataset=jsonl", "dataset.path=mine.jsonl", "reward=length", "rollout.max_tokens=7"], None)
+    words = ["reward=chrf", "dataset.limit=3"]
+    made = inherit(compose("eval", words, None), run, words, ("dataset", "reward", "rollout"))
+    assert (made.dataset.path, made.dataset.limit, made.rollout.max_tokens) == ("mine.jsonl", 3, 7)
+    assert list(made.reward) == ["chrf"]

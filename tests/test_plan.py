@@ -148,9 +148,19 @@ def test_what_is_loaded_follows_from_the_columns(
             ["algo=reward_model", "learners.reward.head=value"],
             "updates.reward.preference.objective: bradley_terry needs score_new; learner 'reward' has no score head: set learners.reward.head=score",
         ),
+        (
+            ["objective@updates.policy.surrogate.objective=gspo"],
+            "updates.policy.surrogate.reduce: sequence_ratio_clip gives one value per row, not per token; "
+            "type updates.policy.surrogate.reduce=null",
+        ),
+        (
+            ["algo=dpo", *PAIRS, "objective@updates.policy.preference.objective=ppo_clip"],
+            "updates.policy.preference.reduce: ppo_clip gives a value per token; choose a reduction (rlhf list reduce)",
+        ),
+        (["debug=tiny", "debug=shuffled_reward"], "debug is given twice; type debug=[tiny,shuffled_reward] for both"),
         (["credit=none"], "updates.policy.surrogate.objective: ppo_clip needs advantage; no credit rule gives it: type credit=group_norm (rlhf list credit)"),
         (
-            ["algo=dpo", *PAIRS, "objective@updates.policy.preference.objective=ppo_clip", "credit=group_norm"],
+            ["algo=sft", *PAIRS, "credit=group_norm"],
             "credit: group_norm needs score; recorded rows have no score: type source=sampled",
         ),
     ],

@@ -53,7 +53,7 @@ def resume(path: Path, overrides: list[str]) -> int:
     cfg.resume = "auto"
     before = OmegaConf.to_container(cfg, resolve=True)
     if overrides:
-        from rlhf_cli.compose import override
+        from rlhf_cli.override import override
 
         cfg = override(cfg, overrides)
         validate(cfg)
