@@ -174,7 +174,7 @@ class Root:
     """Every key that a configuration may have."""
 
     seed: int = 0  # seeds data order, sampling and initialisation
-    steps: int = 24  # optimisation steps
+    steps: int = 30  # optimisation steps
     resume: str = "auto"  # auto (continue run.dir/run.name when it exists) | never | a checkpoint folder
     allow_targets: list[str] = field(default_factory=list)  # modules outside rlhf_cli whose _target_ may be built
     run: RunSection = field(default_factory=RunSection)
