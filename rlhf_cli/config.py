@@ -160,7 +160,7 @@ class RolloutSection:
     """How responses are drawn."""
 
     backend: str = "builtin"  # the built-in sampler
-    max_tokens: int = 48  # new tokens per response
+    max_tokens: int = 64  # new tokens per response
     min_tokens: int = 0  # no EOS or stop before this many
     temperature: float = 1.0  # 0 is greedy
     top_p: float = 1.0  # nucleus mass kept
@@ -174,7 +174,7 @@ class Root:
     """Every key that a configuration may have."""
 
     seed: int = 0  # seeds data order, sampling and initialisation
-    steps: int = 30  # optimisation steps
+    steps: int = 36  # optimisation steps
     resume: str = "auto"  # auto (continue run.dir/run.name when it exists) | never | a checkpoint folder
     allow_targets: list[str] = field(default_factory=list)  # modules outside rlhf_cli whose _target_ may be built
     run: RunSection = field(default_factory=RunSection)
