@@ -65,8 +65,8 @@ def parameters(cfg: Any) -> float | None:
     return float(match[1]) / (1 if match[2] == "b" else 1000) if match else None
 
 
-def memory(cfg: Any, learners: Iterable[str], frozen: bool, hw: Mapping[str, Any]) -> list[str]:
-    """Lines of the memory estimate of one process; `frozen`: a reference of its own is loaded."""
+def memory(cfg: Any, learners: Iterable[str], copies: Mapping[str, str], hw: Mapping[str, Any]) -> list[str]:
+    """Lines of the memory estimate of one process; `copies`: whole models besides the learners, and what they do."""
     n = parameters(cfg)
     if n is None:
         return ["  unknown: the model is neither local nor named by its size"]
@@ -85,8 +85,7 @@ def memory(cfg: Any, learners: Iterable[str], frozen: bool, hw: Mapping[str, Any
                 f"weights {weights:.2f} + gradients {gradients:.2f} + AdamW {state:.2f}{offloaded}",
             )
         )
-    if frozen:
-        rows.append(("reference", n * low, "frozen weights"))
+    rows += [(name, n * low, what) for name, what in copies.items()]
     rows.append(
         (
             "activations",
@@ -102,3 +101,12 @@ def _activations(billions: float, tokens: int, low: int) -> float:
     """GB held for the backward pass: about 13 values per hidden unit and layer and token; hidden x layers ~ 17k at 0.13B, growing as n^0.6."""
     units = 17_000 * (billions / 0.1345) ** 0.6
     return tokens * units * 26 * low / 2**30 + 3 * 1024 * 50_000 * 4 / 2**30
+
+
+def free_port() -> int:
+    """A port nobody listens on now."""
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from rlhf_cli.checks import check_numbers
 from rlhf_cli.config import check_node, nearest
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.signature import Signature
@@ -41,7 +42,7 @@ class Plan:
 
 def validate(cfg: Any) -> Plan:
     """Walk the stages in order; every column a stage takes must have been made by an earlier one. Raises ConfigError in one sentence."""
-    _check_numbers(cfg)
+    check_numbers(cfg)
     plan = Plan(source=source_kind(cfg))
     have = set(BASE)
     _source(cfg, plan, have)
@@ -56,6 +57,7 @@ def validate(cfg: Any) -> Plan:
         if v and plan.source == "sampled"
     ]
     credit = _check(cfg, cfg.credit, "credit") if cfg.credit else None
+    _check_sampling(cfg, plan, [s for _, s in shapers], [s for *_, s in terms])
     takers = [s for _, s in shapers] + ([credit] if credit else []) + [s for *_, s in terms]
     _annotate(cfg, plan, have, frozenset().union(*(s.columns for s in takers)) if takers else frozenset())
     for name, sig in shapers:
@@ -296,60 +298,32 @@ def _unused(plan: Plan, terms: list[tuple[str, str, str, Signature]]) -> None:
         raise ConfigError(
             f"{dense[0]} gives token rewards, and no stage reads them: choose a credit that takes `reward` (credit=group_norm_to_go, credit=gae)"
         )
-    for made in ("advantage",):
-        if any(made in s.gives for s in plan.stages) and made not in used:
-            plan.notes.append(f"{made} is computed and not used")
+    shapers = [s.name for s in plan.stages if s.name.startswith("shaping.")]
+    readers = [s for s in plan.stages if s.name == "credit" or s.name.startswith("updates.")]
+    if shapers and not any({"score", "reward"} & s.needs for s in readers):
+        raise ConfigError(
+            f"{shapers[0]} changes the score after pairs are made, and nothing reads it then: choose a credit, or shaping=none"
+        )
+    if any("advantage" in s.gives for s in plan.stages) and "advantage" not in used:
+        plan.notes.append("advantage is computed and not used")
 
 
-def _check_numbers(cfg: Any) -> None:
-    """Cross-field checks of plain settings."""
-    b, hw = cfg.batch, cfg.hardware
-    for key, value, least in (
-        ("batch.prompts", b.prompts, 1),
-        ("batch.samples", b.samples, 1),
-        ("batch.epochs", b.epochs, 1),
-        ("batch.minibatches", b.minibatches, 1),
-        ("rollout.max_tokens", cfg.rollout.max_tokens, 1),
-        ("steps", cfg.steps, 0),
-        ("model.lora.r", cfg.model.lora.r, 0),
-    ):
-        if value < least:
-            raise ConfigError(f"{key}={value}: must be at least {least}")
-    for key, value, allowed in (
-        ("hardware.precision", hw.precision, ("auto", "fp32", "bf16")),
-        ("hardware.device", hw.device, ("auto", "cpu", "cuda")),
-        ("hardware.offload", hw.offload, ("none", "cpu", "nvme")),
-        ("hardware.zero", hw.zero, (0, 1, 2, 3)),
-        ("optim.schedule", cfg.optim.schedule, ("constant", "linear", "cosine")),
-        *(("debug", switch, SWITCHES) for switch in cfg.debug),
-    ):
-        if value not in allowed:
-            choices = ", ".join(map(str, allowed))
-            raise ConfigError(
-                f"{key}: {value!r} is not allowed; choose one of {choices}{nearest(str(value), map(str, allowed))}"
-            )
-    for wrong, message in _conflicts(cfg):
-        if wrong:
-            raise ConfigError(message)
-
-
-def _conflicts(cfg: Any) -> Iterable[tuple[bool, str]]:
-    """(does it hold, what to say) of settings that exclude each other."""
-    b, r, hw = cfg.batch, cfg.rollout, cfg.hardware
-    yield (
-        b.prompts % b.minibatches > 0,
-        f"batch.prompts={b.prompts} does not divide into batch.minibatches={b.minibatches} of whole groups; choose a divisor",
-    )
-    yield (
-        bool(cfg.model.lora.r) and cfg.model.reference != "auto",
-        "model.reference loads a second full model, and under LoRA the disabled adapter is the reference; drop one of the two",
-    )
-    yield r.min_tokens > r.max_tokens, f"rollout.min_tokens={r.min_tokens} is above rollout.max_tokens={r.max_tokens}"
-    yield (
-        len(cfg.optim.betas) != 2,
-        f"optim.betas={list(cfg.optim.betas)}: AdamW takes two numbers, e.g. optim.betas=[0.9,0.999]",
-    )
-    yield (
-        hw.offload != "none" and hw.zero < 2,
-        f"hardware.offload={hw.offload} needs hardware.zero=2 or 3; it is {hw.zero}",
-    )
+def _check_sampling(cfg: Any, plan: Plan, shapers: list[Signature], terms: list[Signature]) -> None:
+    """What would be a bias nobody sees: equal samples, stale advantages, log-probs of a truncated distribution."""
+    if plan.source != "sampled":
+        return
+    r, b = cfg.rollout, cfg.batch
+    if r.temperature == 0 and b.samples > 1:
+        raise ConfigError(
+            f"rollout.temperature=0 draws {b.samples} equal responses to every prompt; raise it, e.g. to 1"
+        )
+    stale = any("advantage" in s.columns for s in terms) and not any("old_logp" in s.columns for s in terms)
+    if b.epochs * b.minibatches > 1 and stale:
+        raise ConfigError(
+            f"{b.epochs * b.minibatches} updates per rollout with an objective that has no ratio to the sampling policy are biased; "
+            "set batch.epochs=1 batch.minibatches=1, or choose an objective with one (ppo_clip)"
+        )
+    if (r.top_p < 1 or r.top_k > 0) and any("behavior_logp" in s.columns for s in shapers):
+        plan.notes.append(
+            "the KL in the reward is biased: samples come from a truncated distribution (rollout.top_p, top_k)"
+        )

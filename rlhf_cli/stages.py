@@ -29,10 +29,10 @@ def keep(exp: Experience) -> Experience:
     return exp
 
 
-def scoring(scorer: Scorer, comm: Comm, max_failures: float) -> Stage:
+def scoring(scorer: Scorer, comm: Comm, max_failures: float, watch: Callable[[Tensor], None]) -> Stage:
     """Score whole groups, each on one rank, and drop the rows whose score is missing.
 
-    `max_failures`: largest fraction of missing scores tolerated in a step.
+    `max_failures`: largest fraction of missing scores tolerated in a step. `watch` sees the raw scores that are there.
     """
 
     def score(exp: Experience) -> Experience:
@@ -43,7 +43,9 @@ def scoring(scorer: Scorer, comm: Comm, max_failures: float) -> Stage:
                 f"{int(missing.sum())} of {len(exp)} rewards failed; more than reward failures of {max_failures:.0%} stop the run"
             )
         exp = replace(exp, score=scores.value, components=dict(scores.components))
-        return exp.rows((~missing).nonzero().flatten()) if missing.any() else exp
+        exp = exp.rows((~missing).nonzero().flatten()) if missing.any() else exp
+        watch(exp.score)
+        return exp
 
     return score
 
@@ -59,6 +61,10 @@ def score_sharded(scorer: Scorer, exp: Experience, comm: Comm) -> Scores:
     for rows, scores in gathered:
         if scores is None:
             continue
+        if scores.spans:
+            raise GateError(
+                "a reward gives spans (token rewards), and this version places values only; return one number a response"
+            )
         value[rows] = scores.value.float()
         if scores.missing is not None:
             missing[rows] = scores.missing

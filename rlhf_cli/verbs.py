@@ -16,7 +16,7 @@ from rlhf_cli.engine.comm import Comm
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.models import loading
 from rlhf_cli.report import evaluate as held_out
-from rlhf_cli.report.evaluate import Row, bootstrap, paired, write_rows
+from rlhf_cli.report.evaluate import Row, bootstrap, by_prompt, paired, write_rows
 from rlhf_cli.rewards.report import render, report
 from rlhf_cli.rollout.sampler import Sampler
 from rlhf_cli.sources.assemble import sample_of
@@ -81,7 +81,7 @@ def _print_columns(columns: dict[str, list[Row]], cfg: Any) -> None:
     )
     print(f"  {'':<18}{'mean':>8}  {'interval':<20}{'tokens':>7}{'truncated':>11}{'missing':>9}")
     for name, rows in columns.items():
-        ci = bootstrap([r["score"] for r in rows if r["score"] is not None], cfg.eval.bootstrap)
+        ci = bootstrap(by_prompt(rows), cfg.eval.bootstrap)
         s = held_out.summarise(rows, cfg.eval.bootstrap)
         missing = sum(r["score"] is None for r in rows)
         print(

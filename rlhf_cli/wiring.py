@@ -69,8 +69,8 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
     actor = make_actor(cfg, heads, plan, comm) if sampled or scorable else None
     engines = {name: DeepSpeedEngine(name, head, setup_of(cfg, sections[name]), comm) for name, head in heads.items()}
     sampler = make_sampler(cfg, actor, tokenizer, comm) if actor is not None else None
-    sharded = cfg.hardware.zero == 3
-    publish = partial(refresh, actor, engines.get("policy")) if sharded and "policy" in engines else _nothing
+    copied = cfg.hardware.zero == 3 and actor is not None and "policy" in engines
+    publish = partial(refresh, actor, engines["policy"]) if copied else _nothing
     if sampled:
         assert sampler is not None
         source: Any = Sampled(
@@ -78,17 +78,17 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
         )
     else:
         answers = encode_answers(train, tokenizer, cfg)
-        source = Recorded(train, encoded, answers, prompts=cfg.batch.prompts, seed=cfg.seed)
+        source = Recorded(train, encoded, answers, publish, prompts=cfg.batch.prompts, seed=cfg.seed)
     recorded_heldout = None
     if not sampled and heldout:
         recorded_heldout = Recorded(
-            heldout, encoded_heldout, encode_answers(heldout, tokenizer, cfg), prompts=len(heldout), seed=0
+            heldout, encoded_heldout, encode_answers(heldout, tokenizer, cfg), _nothing, prompts=len(heldout), seed=0
         )
 
-    score = stages.scoring(scorer, comm, cfg.gates.failures) if scorer is not None else stages.keep
+    checks = make_gates(cfg, sampler)
+    score = stages.scoring(scorer, comm, cfg.gates.failures, checks.reward) if scorer is not None else stages.keep
     if cfg.debug.get("shuffled_reward") and scorer is not None:
         score = stages.shuffled(score, cfg.seed)
-    checks = make_gates(cfg, sampler)
     allow = list(cfg.allow_targets)
     run = Run(
         source=source,
@@ -226,7 +226,7 @@ def make_head(cfg: Any, section: Any, comm: Comm, plan: Plan) -> nn.Module:
     """A trained model with its head, on this rank's device, dropout off."""
     model_cfg = copy.deepcopy(cfg.model)
     if section.path:
-        model_cfg.path, model_cfg.source = section.path, "auto"
+        model_cfg.path, model_cfg.source, model_cfg.revision = section.path, "auto", ""
     load_model = loading.load_causal if section.head == "policy" else loading.load_scalar
     model = load_model(model_cfg, dtype=dtype_of(cfg), seed=cfg.seed)
     if cfg.model.lora.r:
@@ -246,6 +246,8 @@ def prepare(model: nn.Module, *, checkpointing: bool) -> None:
     for m in model.modules():
         if isinstance(m, nn.Dropout):
             m.p = 0.0
+        if hasattr(m, "attention_dropout"):
+            m.attention_dropout = 0.0  # type: ignore[assignment]
     if checkpointing:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         hf.enable_input_require_grads()
@@ -269,7 +271,7 @@ def make_reference(cfg: Any, heads: Mapping[str, nn.Module], plan: Plan, comm: C
     else:
         other = copy.deepcopy(cfg.model)
         if cfg.model.reference != "auto":
-            other.path, other.source = cfg.model.reference, "auto"
+            other.path, other.source, other.revision = cfg.model.reference, "auto", ""
         model = loading.load_causal(other, dtype=dtype_of(cfg), seed=cfg.seed).to(comm.device)
         prepare(model, checkpointing=False)
         head = PolicyHead(model, temperature=temperature_of(cfg, plan), packing=cfg.model.packing)
@@ -286,9 +288,8 @@ def setup_of(cfg: Any, section: Any) -> Setup:
     )  # fmt: skip
 
 
-def refresh(actor: nn.Module, engine: DeepSpeedEngine | None) -> None:
+def refresh(actor: nn.Module, engine: DeepSpeedEngine) -> None:
     """Copy the learner's weights into the model that samples, and make sure that they changed."""
-    assert engine is not None
     own = {f"model.{k}": v for k, v in (*actor.named_parameters(), *actor.named_buffers())}
     moved = torch.zeros((), dtype=torch.float64)
     with torch.no_grad():
@@ -297,6 +298,7 @@ def refresh(actor: nn.Module, engine: DeepSpeedEngine | None) -> None:
             own[name].copy_(value)
     if engine.moved and float(moved) == 0.0:
         raise GateError("the weights that sample did not change after an update: the copy from the learner is broken")
+    engine.moved = False  # a step without rows moves nothing
 
 
 def annotations(

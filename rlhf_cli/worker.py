@@ -18,6 +18,7 @@ from rlhf_cli.config import build, load_config
 from rlhf_cli.engine.comm import Comm, start
 from rlhf_cli.errors import ConfigError, GateError
 from rlhf_cli.loop import train
+from rlhf_cli.plan import HEADS
 from rlhf_cli.record import checkpoint
 from rlhf_cli.record.heartbeat import Heartbeat
 from rlhf_cli.record.progress import Progress
@@ -76,11 +77,18 @@ class Session:
         self.run.start, self.run.after = at, self._after
         if self.lead and at == 0:
             self.rundir.write_json("provenance.json", self._provenance())
-        if cfg.gates.enabled:
+        if cfg.gates.enabled and at == 0:
             self._check_start()
         if at == 0:
             self._evaluate(0)
-        train(self.run)
+        try:
+            train(self.run)
+        except GateError as e:
+            raise e if str(e).startswith(("step ", "rank ")) else GateError(f"step {self._at}: {e}") from None
+        except torch.OutOfMemoryError as e:
+            raise ConfigError(
+                "out of memory; halve hardware.micro_batch_tokens, set rollout.rows=16, or type model.checkpointing=true"
+            ) from e
         if self.stop.signal and self._at < cfg.steps:
             return "preempted"
         self._export()
@@ -119,6 +127,7 @@ class Session:
             state = {
                 "step": step,
                 "world": self.comm.world,
+                "packing": self.parts.heads[0].packing,
                 "engines": engines,
                 "state": {name: x.state_dict() for name, x in self.parts.state.items()},
                 "record": self.record.state(),
@@ -143,6 +152,7 @@ class Session:
             engine.load(folder, state["engines"][name])
         for name, x in self.parts.state.items():
             x.load_state_dict(state["state"][name])
+        self._set_packing(state["packing"])
         self.run.source.publish(state["state"]["source"].get("version", state["step"]))
         self._restore_rng(folder)
         self.record.start(self._plain_config(), state["record"])
@@ -204,23 +214,30 @@ class Session:
                     self.record.evaluation(step, {f"{name}/{k}": v for k, v in row.items()})
 
     def _check_start(self) -> None:
-        """The gate that compares packed and plain forwards, on real rows."""
-        cfg, (name, head) = self.cfg, next(iter(self.parts.plan.learners.items()))
-        want = {"policy": "logp", "value": "value_new", "score": "score_new"}[head]
+        """The gate that compares packed and plain forwards of every learner, on real prompts."""
+        for name, head in self.parts.plan.learners.items():
+            want = HEADS[head][0]
+            limit = self.cfg.gates.invariance or self.parts.gates.tolerance
+            gap = self._invariance(name, want, limit)
+            self.record.note(
+                f"gate: {name}: {want} of rows in a batch and of the same rows alone differ by {gap:.1e} (allowed {limit:.1e})"
+            )
+
+    def _invariance(self, name: str, want: str, limit: float) -> float:
+        """The gap of one learner; where packing is to blame, every model goes on without it, and a note says so."""
         exp = self.parts.probe(self.run)
-        limit = cfg.gates.invariance or self.parts.gates.tolerance
         try:
-            gap = check_invariance(self.parts.engines[name], exp, want, limit)
+            return check_invariance(self.parts.engines[name], exp, want, limit)
         except GateError as e:
-            if not cfg.model.packing:
+            if not self.parts.heads[0].packing:
                 raise
             self.record.note(f"packing is turned off: {e}")
-            for part in self.parts.heads:
-                part.packing = False
-            gap = check_invariance(self.parts.engines[name], exp, want, limit)
-        self.record.note(
-            f"gate: {want} of rows in a batch and of the same rows alone differ by {gap:.1e} on average (allowed {limit:.1e})"
-        )
+            self._set_packing(False)
+            return check_invariance(self.parts.engines[name], exp, want, limit)
+
+    def _set_packing(self, on: bool) -> None:
+        for part in self.parts.heads:
+            part.packing = on
 
     def _export(self) -> None:
         from rlhf_cli.models.export import export
@@ -229,7 +246,11 @@ class Session:
             return
         names = list(self.parts.engines)
         engine = self.parts.engines["policy" if "policy" in names else names[0]]
-        state = {k.removeprefix("model."): v.clone() for k, v in engine.full_state()} if engine.stage == 3 else None
+        whole: dict[str, Any] | None = None
+        if engine.stage == 3:  # a collective: every rank walks, one keeps
+            kept = set(engine.module.state_dict())
+            walked = ((k, v) for k, v in engine.full_state() if self.lead and k in kept)
+            whole = {k.removeprefix("model."): v.to("cpu", copy=True) for k, v in walked}
         if self.lead:
             model: Any = engine.module.model
             dtype = torch.bfloat16 if self.cfg.hardware.precision == "bf16" else torch.float32
@@ -239,7 +260,7 @@ class Session:
                 self.rundir.path / "export",
                 self.cfg.model.lora.merge_export,
                 dtype=dtype,
-                state=state,
+                state=whole,
             )
         self.comm.barrier()
 

@@ -61,6 +61,8 @@ def words_of(group: str, name: str) -> list[str]:
         return [f"select={name}", f"algo={'dpo' if 'pairs' in name or 'worst' in name else 'grpo'}"]
     if group == "shaping" and name in ("kl",):
         return [f"shaping={name}", "credit=group_norm_to_go"]
+    if (group, name) == ("rollout", "greedy"):  # equal samples are refused in training; recorded rows need none
+        return ["rollout=greedy", "algo=sft"]
     if group == "source":
         return [f"source={name}", f"algo={'sft' if name == 'recorded' else 'grpo'}"]
     return [f"{group}={name}", *([REQUIRED[name]] if group == "reward" and name in REQUIRED else [])]
@@ -88,7 +90,7 @@ def term_words(group: str, name: str) -> list[str]:
         base = [*base, "dataset.columns.margin=margin"]
     other = "sequence_mean" if group == "objective" else "reinforce"
     both = {"objective": name, "reduce": other} if group == "objective" else {"objective": other, "reduce": name}
-    if "pairs" in takes or "score_new" in takes:
+    if "pairs" in takes or "score_new" in takes or sig.per_row:
         both.pop("reduce")
     return [*base, *(f"+{g}@{term}.{g}={n}" for g, n in both.items()), f"{term}.coef=0.5"]
 

@@ -158,6 +158,23 @@ def test_what_is_loaded_follows_from_the_columns(
             "updates.policy.preference.reduce: ppo_clip gives a value per token; choose a reduction (rlhf list reduce)",
         ),
         (["debug=tiny", "debug=shuffled_reward"], "debug is given twice; type debug=[tiny,shuffled_reward] for both"),
+        (
+            ["algo=dpo", "shaping=overlong"],
+            "shaping.overlong changes the score after pairs are made, and nothing reads it then: choose a credit, or shaping=none",
+        ),
+        (
+            ["rollout.temperature=0"],
+            "rollout.temperature=0 draws 8 equal responses to every prompt; raise it, e.g. to 1",
+        ),
+        (["rollout.temperature=-1"], "rollout.temperature=-1.0: must be at least 0"),
+        (["checkpoint.keep=0"], "checkpoint.keep=0: must be at least 1"),
+        (["optim.warmup=-1"], "optim.warmup=-1: must be at least 0"),
+        (["rollout.top_p=0"], "rollout.top_p=0.0: must be above 0 and at most 1"),
+        (
+            ["algo=rloo", "batch.epochs=2"],
+            "2 updates per rollout with an objective that has no ratio to the sampling policy are biased; "
+            "set batch.epochs=1 batch.minibatches=1, or choose an objective with one (ppo_clip)",
+        ),
         (["credit=none"], "updates.policy.surrogate.objective: ppo_clip needs advantage; no credit rule gives it: type credit=group_norm (rlhf list credit)"),
         (
             ["algo=sft", *PAIRS, "credit=group_norm"],

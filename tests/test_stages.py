@@ -15,6 +15,7 @@ from rlhf_cli.errors import GateError
 from rlhf_cli.shaping import scale, sequence_kl, token_kl
 from rlhf_cli.types import Credit, Experience, Sample, Scores, Selection
 
+IGNORE = lambda score: None  # noqa: E731
 COMM = Comm(torch.device("cpu"))
 N, T = 6, 4
 GROUP = torch.tensor([0, 0, 1, 1, 4, 4])
@@ -45,7 +46,7 @@ class Numbered:
 
 def test_scores_land_on_their_rows() -> None:
     scorer = Numbered()
-    exp = stages.scoring(scorer, COMM, 0.0)(experience())
+    exp = stages.scoring(scorer, COMM, 0.0, IGNORE)(experience())
     assert exp.score.tolist() == [0, 1, 2, 3, 4, 5] and exp.score.dtype == torch.float32
     assert exp.components["half"].tolist() == [0, 0.5, 1, 1.5, 2, 2.5]
     assert scorer.seen == [([0, 1, 2, 3, 4, 5], GROUP.tolist())]
@@ -77,7 +78,7 @@ def test_each_rank_scores_whole_groups_and_all_get_everything() -> None:
 
 def test_missing_scores_drop_their_rows_and_pairs_renumber() -> None:
     exp = experience(pairs=torch.tensor([[1, 0], [3, 2], [5, 4]]))
-    left = stages.scoring(Numbered(failed=[0, 3]), COMM, 0.5)(exp)
+    left = stages.scoring(Numbered(failed=[0, 3]), COMM, 0.5, IGNORE)(exp)
     assert left.score.tolist() == [1, 2, 4, 5] and left.group.tolist() == [0, 1, 4, 4]
     assert left.pairs.tolist() == [[3, 2]], "only (5, 4) has both ends left"
     assert [s.response for s in left.samples] == ["response 1", "response 2", "response 4", "response 5"]
@@ -85,15 +86,15 @@ def test_missing_scores_drop_their_rows_and_pairs_renumber() -> None:
 
 def test_too_many_missing_scores_stop_the_run() -> None:
     with pytest.raises(GateError) as e:
-        stages.scoring(Numbered(failed=[1, 2]), COMM, 0.3)(experience())
+        stages.scoring(Numbered(failed=[1, 2]), COMM, 0.3, IGNORE)(experience())
     assert str(e.value).startswith("2 of 6 rewards failed") and "30%" in str(e.value)
-    assert len(stages.scoring(Numbered(failed=[1, 2]), COMM, 0.34)(experience())) == 4
+    assert len(stages.scoring(Numbered(failed=[1, 2]), COMM, 0.34, IGNORE)(experience())) == 4
 
 
 def test_shuffled_deals_the_same_scores_to_other_rows() -> None:
     def at(version: int, seed: int = 0) -> list[float]:
         exp = experience(version=torch.full((N,), version))
-        return stages.shuffled(stages.scoring(Numbered(), COMM, 0.0), seed)(exp).score.tolist()
+        return stages.shuffled(stages.scoring(Numbered(), COMM, 0.0, IGNORE), seed)(exp).score.tolist()
 
     dealt = [at(v) for v in range(6)]
     assert all(sorted(d) == [0, 1, 2, 3, 4, 5] for d in dealt)

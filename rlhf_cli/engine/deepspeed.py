@@ -154,14 +154,6 @@ class DeepSpeedEngine:
 
     # -- weights in and out ------------------------------------------------------------------------------------------
 
-    def gathered(self) -> AbstractContextManager[Any]:
-        """Inside, every parameter is whole on every rank (ZeRO-3 shards them otherwise)."""
-        if self.stage < 3:
-            return nullcontext()
-        import deepspeed
-
-        return deepspeed.zero.GatheredParameters(list(self.engine.module.parameters()))
-
     def full_state(self) -> Iterator[tuple[str, Tensor]]:
         """(name, whole tensor) of every parameter and buffer, one at a time; a collective under ZeRO-3."""
         import deepspeed
@@ -202,7 +194,7 @@ class DeepSpeedEngine:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         if self.stage == 0:
-            return p if part == "weights" else self._optimizer.state[p][part]
+            return p if part == "weights" else self._optimizer.state[p].get(part, torch.zeros_like(p))
         return safe_get_full_fp32_param(p) if part == "weights" else safe_get_full_optimizer_state(p, part)
 
     def _write(self, p: nn.Parameter, part: str, value: Tensor) -> None:
@@ -236,7 +228,7 @@ class DeepSpeedEngine:
             state = self._optimizer.state[x]
             if not state:  # DeepSpeed keeps views into existing moments, so those stay in place
                 state |= {m: torch.zeros_like(x.data) for m in MOMENTS}
-            state["step"] = torch.tensor(float(self.updates))
+            state["step"] = torch.tensor(float(self.updates), device=x.device)
         link = getattr(wrapped, "_lazy_init_hp_params_optimizer_state", None)
         if link is not None:
             link()

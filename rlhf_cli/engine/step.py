@@ -131,46 +131,52 @@ def fit(x: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, width - x.shape[1]))
 
 
-def micro_batches(exp: Experience, world: int, budget: int, packing: bool) -> list[list[Tensor | None]]:
-    """Per rank, its micro-batches: whole groups while they fit into `budget` tokens. Every rank gets the same number of micro-batches.
+Piece = tuple[int, int, Tensor]  # tokens when packed, longest row, rows
 
-    Computed identically on every rank from global tensors. Unequal counts would hang ZeRO-3, hence the None fillers.
+
+def micro_batches(exp: Experience, world: int, budget: int, packing: bool) -> list[list[Tensor | None]]:
+    """Per rank, its micro-batches: whole groups while they fit into `budget` tokens; the same number on every rank.
+
+    Computed identically on every rank from global tensors. Unequal counts would hang ZeRO-3, hence the None fillers. Without packing
+    a micro-batch costs its rows times its longest row.
     """
     groups = [(exp.group == g).nonzero().flatten() for g in torch.unique(exp.group).tolist()]
     pieces = [piece for rows in groups for piece in _pieces(exp, rows, budget, packing)]
     pieces.sort(key=lambda p: -p[0])
     load = [0] * world
-    mine: list[list[tuple[int, Tensor]]] = [[] for _ in range(world)]
-    for cost, rows in pieces:
+    mine: list[list[Piece]] = [[] for _ in range(world)]
+    for piece in pieces:
         rank = load.index(min(load))
-        load[rank] += cost
-        mine[rank].append((cost, rows))
-    plans: list[list[Tensor | None]] = [_bins(own, budget) for own in mine]
+        load[rank] += piece[0]
+        mine[rank].append(piece)
+    plans: list[list[Tensor | None]] = [_bins(own, budget, packing) for own in mine]
     most = max(1, max(len(p) for p in plans))
     return [p + [None] * (most - len(p)) for p in plans]
 
 
-def _pieces(exp: Experience, rows: Tensor, budget: int, packing: bool) -> list[tuple[int, Tensor]]:
+def _cost(packed: int, rows: int, widest: int, packing: bool) -> int:
+    return packed if packing else rows * widest
+
+
+def _pieces(exp: Experience, rows: Tensor, budget: int, packing: bool) -> list[Piece]:
     """A group, cut in halves until each part fits the budget or is one row."""
-    size = (
-        packed_size(exp.ids[rows], exp.attention[rows])
-        if packing
-        else len(rows) * int(exp.attention[rows].sum(-1).max())
-    )
+    widest = int(exp.attention[rows].sum(-1).max())
+    size = _cost(packed_size(exp.ids[rows], exp.attention[rows]), len(rows), widest, packing)
     if size <= budget or len(rows) == 1:
-        return [(size, rows)]
+        return [(size, widest, rows)]
     half = len(rows) // 2
     return _pieces(exp, rows[:half], budget, packing) + _pieces(exp, rows[half:], budget, packing)
 
 
-def _bins(pieces: Sequence[tuple[int, Tensor]], budget: int) -> list[Tensor | None]:
+def _bins(pieces: Sequence[Piece], budget: int, packing: bool) -> list[Tensor | None]:
     """First fit, largest first."""
-    bins: list[tuple[int, list[Tensor]]] = []
-    for cost, rows in pieces:
-        for i, (used, members) in enumerate(bins):
-            if used + cost <= budget:
-                bins[i] = (used + cost, [*members, rows])
+    bins: list[tuple[int, int, list[Tensor]]] = []
+    for cost, widest, rows in pieces:
+        for i, (used, wide, members) in enumerate(bins):
+            count = len(rows) + sum(len(m) for m in members)
+            if _cost(used + cost, count, max(wide, widest), packing) <= budget:
+                bins[i] = (used + cost, max(wide, widest), [*members, rows])
                 break
         else:
-            bins.append((cost, [rows]))
-    return [torch.cat(members) for _, members in bins]
+            bins.append((cost, widest, [rows]))
+    return [torch.cat(members) for *_, members in bins]

@@ -6,7 +6,6 @@ import base64
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from omegaconf import OmegaConf
 
 from rlhf_cli.config import load_config
 from rlhf_cli.errors import ConfigError, GateError
-from rlhf_cli.hardware import resolve_hardware
+from rlhf_cli.hardware import free_port, resolve_hardware
 from rlhf_cli.plan import validate
 from rlhf_cli.record.rundir import RunDir, name_run
 from rlhf_cli.report.planned import describe
@@ -153,7 +152,7 @@ def run_ranks(rundir: RunDir, processes: int) -> int:
     world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(processes))}).encode()).decode()
     command = [
         sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={world}", "--node_rank=0", "--master_addr=127.0.0.1",
-        f"--master_port={_free_port()}", "--no_local_rank", "--log_level=critical", "--module", "rlhf_cli.worker", str(rundir.path),
+        f"--master_port={free_port()}", "--no_local_rank", "--log_level=critical", "--module", "rlhf_cli.worker", str(rundir.path),
     ]  # fmt: skip
     environment = {
         **os.environ,
@@ -209,12 +208,6 @@ def _explain(rundir: RunDir, code: int, before: Mapping[str, Any]) -> int:
 
 def _cuda(rundir: RunDir) -> bool:
     return OmegaConf.load(rundir.path / "config.yaml").hardware.device == "cuda"
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def run_verb(verb: str, cfg: Any) -> int:

@@ -44,16 +44,31 @@ def bootstrap(values: Sequence[float], resamples: int, seed: int = 0) -> Interva
     if not len(x):
         return Interval(float("nan"), float("nan"), float("nan"))
     g = torch.Generator().manual_seed(seed)
-    means = x[torch.randint(len(x), (resamples, len(x)), generator=g)].mean(-1)
+    at_once = max(1, 2**22 // len(x))  # resamples whose indices exist at a time
+    sizes = [min(at_once, resamples - done) for done in range(0, resamples, at_once)]
+    means = torch.cat([x[torch.randint(len(x), (n, len(x)), generator=g)].mean(-1) for n in sizes])
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Interval(float(x.mean()), low, high)
+
+
+def by_prompt(rows: Sequence[Row]) -> list[float]:
+    """One mean score per prompt: the samples of one prompt are not independent. Rows without a score are left out."""
+    found: dict[str, list[float]] = {}
+    for r in rows:
+        if r.get("score") is not None:
+            found.setdefault(str(r["uid"]), []).append(r["score"])
+    return [sum(x) / len(x) for x in found.values()]
 
 
 def paired(before: Sequence[Row], after: Sequence[Row], resamples: int) -> Interval:
     """Interval of the mean difference of scores, prompt by prompt; rows without a score on either side are left out."""
     first = {(r["uid"], r["sample"]): r["score"] for r in before}
-    pairs = [(first.get((r["uid"], r["sample"])), r["score"]) for r in after]
-    return bootstrap([b - a for a, b in pairs if a is not None and b is not None], resamples)
+    changes: list[Row] = []
+    for r in after:
+        old = first.get((r["uid"], r["sample"]))
+        if old is not None and r["score"] is not None:
+            changes.append({"uid": r["uid"], "score": r["score"] - old})
+    return bootstrap(by_prompt(changes), resamples)
 
 
 def generate_and_score(
@@ -99,7 +114,7 @@ def generate_and_score(
 
 def summarise(rows: Sequence[Row], resamples: int) -> dict[str, float]:
     """Means over rows: score with its interval, each component, length, truncation."""
-    scored = [r["score"] for r in rows if r.get("score") is not None]
+    scored = by_prompt(rows)
     found = {
         "tokens": sum(r["tokens"] for r in rows) / len(rows),
         "truncated": sum(r["truncated"] for r in rows) / len(rows),
@@ -110,7 +125,7 @@ def summarise(rows: Sequence[Row], resamples: int) -> dict[str, float]:
             "reward": ci.mean,
             "reward_low": ci.low,
             "reward_high": ci.high,
-            "missing": float(len(rows) - len(scored)),
+            "missing": float(sum(r.get("score") is None for r in rows)),
         }
     names = sorted({c for r in rows for c in r.get("components", {})})
     for c in names:

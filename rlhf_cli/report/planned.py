@@ -24,8 +24,12 @@ def describe(cfg: Any) -> str:
         f"  {hw['device']}, {world} x {hw['threads']} threads, {hw['precision']}, ZeRO-{cfg.hardware.zero}, offload {cfg.hardware.offload}",
     ]
     lines += ["", "Models"] + [f"  {name:<14}{why}" for name, why in plan.models.items()]
-    own_reference = "reference" in plan.models and not cfg.model.lora.r
-    lines += ["", "Memory per process (estimate)", *memory(cfg, plan.learners, own_reference, hw)]
+    copies = {}
+    if "reference" in plan.models and not cfg.model.lora.r:
+        copies["reference"] = "frozen weights"
+    if plan.source == "sampled" and (cfg.hardware.zero == 3 or "policy" not in plan.learners):
+        copies["sampler"] = "a whole copy that samples"
+    lines += ["", "Memory per process (estimate)", *memory(cfg, plan.learners, copies, hw)]
     lines += ["", "Flow"] + [f"  {s.name:<38}{s.does}" for s in plan.stages]
     lines += ["", "Columns", f"  {'':<16}{'made by':<32}taken by"]
     lines += [f"  {c:<16}{who:<32}{', '.join(takers) or '-'}" for c, who, takers in _columns(plan)]

@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf_cli.config import load_config
 from rlhf_cli.record.metrics import read
-from rlhf_cli.report.evaluate import Row, bootstrap, paired, read_rows
+from rlhf_cli.report.evaluate import Row, bootstrap, by_prompt, paired, read_rows
 
 WIDTH = 100
 
@@ -17,7 +17,7 @@ WIDTH = 100
 def text(path: Path) -> str:
     """The closing report of a run directory."""
     cfg = load_config(path)
-    files = sorted(path.glob("heldout-*.jsonl"))
+    files = sorted(f for f in path.glob("heldout-*.jsonl") if int(f.stem.rpartition("-")[2]) <= cfg.steps)
     lines = ["", f"Run {path}: {cfg.steps} steps, {_minutes(path)}"]
     if len(files) >= 2:
         lines += ["", *_gain(read_rows(files[0]), read_rows(files[-1]), cfg)]
@@ -27,8 +27,7 @@ def text(path: Path) -> str:
 
 
 def _gain(before: Sequence[Row], after: Sequence[Row], cfg: Any) -> list[str]:
-    scored = [[r["score"] for r in rows if r.get("score") is not None] for rows in (before, after)]
-    first, last = (bootstrap(x, cfg.eval.bootstrap) for x in scored)
+    first, last = (bootstrap(by_prompt(rows), cfg.eval.bootstrap) for rows in (before, after))
     gain = paired(before, after, cfg.eval.bootstrap)
     verdict = "the interval excludes 0" if gain.excludes_zero else "the interval includes 0: no change is shown"
     name = "+".join(cfg.reward or {}) or "reward"

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from rlhf_cli.data.text import render, response_ids
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.rewards.per_sample import scored
 from rlhf_cli.types import Sample, Scores
@@ -98,14 +99,8 @@ class Model:
         return kept + tail
 
     def _turn(self, turns: Sequence[Mapping[str, str]], sample: Sample) -> tuple[list[int], list[int]]:
-        tok = self.tokenizer
-        if tok.chat_template is None:
-            plain = tok(sample.prompt)["input_ids"]
-            head = plain[:-1] if plain and plain[-1] == tok.eos_token_id else plain
-        else:
-            text = tok.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
-            head = tok(text, add_special_tokens=False)["input_ids"]
-        return head, [*tok(sample.response, add_special_tokens=False)["input_ids"], tok.eos_token_id]
+        """The ids that reward-model training makes of the same row."""
+        return render(turns, self.tokenizer, True), response_ids(sample.response, self.tokenizer)
 
     def _template(self, turns: Sequence[Mapping[str, str]], response: str) -> tuple[list[int], list[int]]:
         tok = self.tokenizer

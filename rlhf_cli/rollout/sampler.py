@@ -96,17 +96,23 @@ class Sampler:
         """
         decoding = decoding or self.decoding
         assert len(seeds) == len(prompts) * k, f"{len(seeds)} seeds for {len(prompts)} prompts x {k}"
-        assert not self.model.training, "call model.eval() before sampling"
         longest = max(map(len, prompts), default=0) + decoding.max_tokens
         check_context(self.model.config, prompts, decoding.max_tokens)
         slots = rows_at_a_time(self.model, self.device, decoding.rows, longest)
         rows = [_Row(i // k, _uniforms(seed, decoding.max_tokens)) for i, seed in enumerate(seeds)]
         board = Board(slots, longest)
         batch = _Batch(prompts, decoding, rows, board, slot_cache(board), [-1] * slots, [0] * slots, [0] * slots)
-        with attending(self.model.config):
-            while batch.busy():
-                self._start(batch)
-                self._step(batch)
+        training = self.model.training
+        if training:  # as activation checkpointing wants it; it would turn the cache off
+            self.model.eval()
+        try:
+            with attending(self.model.config):
+                while batch.busy():
+                    self._start(batch)
+                    self._step(batch)
+        finally:
+            if training:
+                self.model.train()
         return _rollout(rows)
 
     def _start(self, batch: _Batch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,7 @@ class Recorded:
         records: training records with responses.
         encoded: their prompts' token ids.
         answers: token ids of every response of every record, end of turn included.
+        publish: brings new policy weights to the sampler that evaluates.
         prompts: records per step.
         seed: of the order.
     """
@@ -29,11 +30,13 @@ class Recorded:
         records: Sequence[Record],
         encoded: Sequence[Sequence[int]],
         answers: Sequence[Sequence[Sequence[int]]],
+        publish: Callable[[], None],
         *,
         prompts: int,
         seed: int,
     ) -> None:
         self.records, self.encoded, self.answers, self.prompts = records, encoded, answers, prompts
+        self._publish = publish
         self._order = Order(len(records), seed)
         self._paired = any(r.pairs for r in records)  # a step of ties then has no pairs, rather than no column of pairs
 
@@ -68,7 +71,8 @@ class Recorded:
         return columns
 
     def publish(self, version: int) -> None:
-        """A recording does not change with the policy."""
+        """A recording does not change with the policy; the sampler that evaluates does."""
+        self._publish()
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the order."""

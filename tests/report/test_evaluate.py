@@ -11,7 +11,16 @@ from torch import Tensor
 from rlhf_cli.data.record import Record
 from rlhf_cli.engine.comm import Comm
 from rlhf_cli.models.tiny import tiny_causal, tiny_tokenizer
-from rlhf_cli.report.evaluate import Interval, bootstrap, generate_and_score, paired, read_rows, summarise, write_rows
+from rlhf_cli.report.evaluate import (
+    Interval,
+    bootstrap,
+    by_prompt,
+    generate_and_score,
+    paired,
+    read_rows,
+    summarise,
+    write_rows,
+)
 from rlhf_cli.rollout.sampler import Decoding, Sampler
 from rlhf_cli.types import Sample, Scores
 
@@ -65,16 +74,25 @@ def test_differences_are_paired_by_prompt_and_sample() -> None:
 
 def test_a_summary_by_hand() -> None:
     rows = [
-        {"tokens": 4, "truncated": True, "score": 1.0, "components": {"bleu": 0.5, "length": 2.0}},
-        {"tokens": 6, "truncated": False, "score": 3.0, "components": {"bleu": 1.5}},
-        {"tokens": 8, "truncated": False, "score": None, "components": {}},
-        {"tokens": 2, "truncated": False, "score": 2.0, "components": {"bleu": 1.0}},
+        {"uid": "a", "tokens": 4, "truncated": True, "score": 1.0, "components": {"bleu": 0.5, "length": 2.0}},
+        {"uid": "b", "tokens": 6, "truncated": False, "score": 3.0, "components": {"bleu": 1.5}},
+        {"uid": "c", "tokens": 8, "truncated": False, "score": None, "components": {}},
+        {"uid": "d", "tokens": 2, "truncated": False, "score": 2.0, "components": {"bleu": 1.0}},
     ]
     found = summarise(rows, 200)
     assert (found["tokens"], found["truncated"], found["reward"], found["missing"]) == (5.0, 0.25, 2.0, 1.0)
     assert found["reward/bleu"] == 1.0 and found["reward/length"] == 2.0
     assert 1.0 <= found["reward_low"] <= 2.0 <= found["reward_high"] <= 3.0
     assert "reward" not in summarise([{"tokens": 1, "truncated": False}], 10)
+
+
+def test_samples_of_one_prompt_count_as_one() -> None:
+    """Eight equal answers to each of two prompts say no more than one: the interval reaches both prompts' values."""
+    rows = [{"uid": u, "sample": k, "score": x} for u, x in (("a", 0.0), ("b", 1.0)) for k in range(8)]
+    assert by_prompt(rows) == [0.0, 1.0]
+    before = [{**r, "score": 0.0} for r in rows]
+    found = paired(before, rows, 2000)
+    assert (found.mean, found.low, found.high) == (0.5, 0.0, 1.0)
 
 
 def test_rows_survive_the_file(tmp_path: Path) -> None:

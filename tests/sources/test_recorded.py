@@ -16,7 +16,7 @@ def record(n: int, responses: int, **more: Any) -> Record:
 def recorded(records: list[Record], prompts: int = 2) -> Recorded:
     encoded = [[100 + i] for i in range(len(records))]
     answers = [[[10 * i + j, 9] for j in range(len(r.responses))] for i, r in enumerate(records)]
-    return Recorded(records, encoded, answers, prompts=prompts, seed=0)
+    return Recorded(records, encoded, answers, lambda: None, prompts=prompts, seed=0)
 
 
 PAIR = record(0, 2, pairs=((0, 1),), margins=(0.5,))
