@@ -8,6 +8,8 @@ from typing import Any
 from rlhf_cli.config import nearest
 from rlhf_cli.errors import ConfigError
 
+SWITCHES = ("shuffled_reward",)  # of `debug`
+
 
 def check_numbers(cfg: Any) -> None:
     """Cross-field checks of plain settings."""

@@ -15,7 +15,6 @@ BASE = ("ids", "attention", "mask", "group", "version")
 SAMPLED = ("truncated", "behavior_logp")
 HEADS = {"policy": ("logp", "entropy"), "value": ("value_new",), "score": ("score_new",)}
 TERM_KEYS = ("objective", "reduce", "coef")
-SWITCHES = ("shuffled_reward",)  # of `debug`
 
 
 @dataclass(frozen=True)

@@ -183,3 +183,31 @@ def test_another_experiment_may_not_take_over_a_run(train: Train, rlhf: Rlhf, tm
     )
     never = rlhf("train", *TINY, f"run.dir={tmp_path}", "run.name=r", "reward=length", "optim.lr=0.25", "resume=never")
     assert never.code == 2 and f"run {run} exists and resume=never" in never.err
+
+
+def test_under_zero_3_the_sampler_that_evaluates_follows_the_policy(train: Train) -> None:
+    run = train(
+        "z", "algo=sft", "reward=length", "reward.length.unit=characters", "hardware.zero=3", "steps=3", "optim.lr=1e-2"
+    )
+    before, after = (e2e.jsonl(run / f"heldout-{n:06d}.jsonl") for n in (0, 3))
+    assert [r["response"] for r in before] != [r["response"] for r in after]
+    load_export(run)
+
+
+def test_zero_3_with_adapters_goes_on_through_steps_without_rows(train: Train) -> None:
+    """Every byte response has eight characters, so rewards tie, all groups are dropped, and no weight moves."""
+    words = (
+        "reward=length",
+        "reward.length.unit=words",
+        "select=drop_zero_variance",
+        "model.lora.r=4",
+        "hardware.zero=3",
+    )
+    load_export(train("z", "algo=grpo", *words, "gates.constant_steps=50"))
+
+
+def test_activation_checkpointing_changes_no_number(train: Train) -> None:
+    words = ("algo=grpo", "reward=length", "reward.length.unit=characters", "optim.lr=1e-3")
+    plain, again = (train(name, *words, f"model.checkpointing={on}") for name, on in (("a", "false"), ("b", "true")))
+    losses = [[r["policy/grad_norm"] for r in e2e.jsonl(run / "metrics.jsonl")] for run in (plain, again)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
