@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-TINY = ("debug=tiny", "tracker=none", "hardware.threads=1", "hardware.device=cpu")
+TINY = ("debug=tiny", "hardware.threads=1", "hardware.device=cpu")
 JOINED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "RLHF_ARGV", "DS_ACCELERATOR")
 
 

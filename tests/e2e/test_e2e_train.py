@@ -127,7 +127,14 @@ def test_the_negative_control_runs(train: Train) -> None:
 
 def test_shuffled_reward_as_an_option(rlhf: Rlhf, tmp_path: Path) -> None:
     words = [w for w in TINY if w != "debug=tiny"]
-    small = ("model=tiny_random", "steps=1", "batch.prompts=2", "batch.samples=2", "rollout.max_tokens=4")
+    small = (
+        "tracker=none",
+        "model=tiny_random",
+        "steps=1",
+        "batch.prompts=2",
+        "batch.samples=2",
+        "rollout.max_tokens=4",
+    )
     more = ("dataset.max_prompt_tokens=4096", "eval.prompts=2", "debug=shuffled_reward", "run.name=r")
     done = rlhf("train", *words, *small, *more, f"run.dir={tmp_path}", "hardware.precision=fp32")
     assert done.code == 0, done.err
