@@ -102,7 +102,7 @@ def invariance(
     if not gap <= limit:
         raise GateError(
             f"log-probs change by {gap:.2g} nats a token when rows go through the model alone (gates.invariance={limit:.2g}); "
-            "this model's attention does not fit the packed layout: set model.packing=false"
+            "this model's attention or output layer does not fit: set model.packing=false, or use another model"
         )
     return gap
 

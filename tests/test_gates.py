@@ -123,7 +123,7 @@ def test_invariance() -> None:
             gates.invariance(lambda e: a, lambda e, b=b: b, exp, 2e-4)
         assert str(e.value) == (
             "log-probs change by 0.5 nats a token when rows go through the model alone (gates.invariance=0.0002); "
-            "this model's attention does not fit the packed layout: set model.packing=false"
+            "this model's attention or output layer does not fit: set model.packing=false, or use another model"
         )
     tokens = torch.zeros(3, 4)  # 7 trained tokens of 12; only those count
     assert gates.invariance(lambda e: tokens, lambda e: tokens + e.mask * 0.1, exp, 1.0) == pytest.approx(0.1)

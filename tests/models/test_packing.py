@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import GraniteConfig, GraniteForCausalLM
 
 from rlhf_cli.engine import step as exact
 from rlhf_cli.errors import GateError
@@ -144,7 +145,7 @@ def engine_of(head: Any) -> Any:
         batches = exact.micro_batches(exp, 1, 10_000, head.packing)[0]
         return exact.infer(exp, batches, lambda e, rows: head(**stage_inputs(e, rows), want=want))
 
-    return SimpleNamespace(module=head, infer=infer)
+    return SimpleNamespace(module=head, infer=infer, comm=SimpleNamespace(device=torch.device("cpu")))
 
 
 def see(layout: Pack, **changed: Any) -> Pack:
@@ -186,11 +187,28 @@ def test_the_gate_trips_on_a_corrupted_mask(monkeypatch: pytest.MonkeyPatch) -> 
     trips()
 
 
+def test_the_gate_trips_on_logits_that_the_head_does_not_know_how_to_scale() -> None:
+    config = GraniteConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        logits_scaling=4.0,
+    )
+    model = GraniteForCausalLM(config).double().eval()
+    with pytest.raises(GateError, match=r"attention or output layer does not fit"):
+        check_invariance(engine_of(PolicyHead(model, temperature=1.0, packing=False)), ragged(), "logp", 1e-3, rows=8)
+
+
 def trips() -> None:
     head = PolicyHead(causal(), temperature=1.0, packing=True)
     with pytest.raises(
         GateError, match=r"log-probs change by .* nats a token when rows go through the model alone"
     ) as e:
         check_invariance(engine_of(head), ragged(), "logp", 1e-3, rows=8)
-    assert "gates.invariance=0.001" in str(e.value) and str(e.value).endswith("set model.packing=false")
+    assert "gates.invariance=0.001" in str(e.value) and str(e.value).endswith(
+        "set model.packing=false, or use another model"
+    )
     assert head.packing, "the switch is put back"
