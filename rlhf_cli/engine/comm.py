@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -60,6 +61,7 @@ def start(device: torch.device) -> Comm:
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     import deepspeed
 
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls, not the user's
     for name in ("DeepSpeed", "deepspeed"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # Its shared-memory all-reduce for CPUs is compiled at first use, which takes half a minute and a C++ compiler; gloo needs neither.
