@@ -61,7 +61,8 @@ def start(device: torch.device) -> Comm:
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     import deepspeed
 
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls, not the user's
+    # DeepSpeed's own calls, which no user can change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     for name in ("DeepSpeed", "deepspeed"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # Its shared-memory all-reduce for CPUs is compiled at first use, which takes half a minute and a C++ compiler; gloo needs neither.
