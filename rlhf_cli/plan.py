@@ -184,14 +184,14 @@ def _scorers(cfg: Any, plan: Plan, have: set[str]) -> None:
             )
         if "path" in sig.params and not node.get("path"):
             raise ConfigError(
-                f"reward.{name}.path is empty; type reward.{name}.path={'RUN' if name == 'model' else 'FILE:FUNCTION'}"
+                f"reward.{name}.path is empty; type reward.{name}.path={sig.flags.get('path_is', 'FILE')}"
             )
         plan.stages.append(
             Stage(f"reward.{name}", f"{_short(sig)} x {float(node.get('weight', 1.0)):g}", frozenset(), ("score",))
         )
         have.add("score")
-        if node.get("path") and name == "model":
-            plan.models["reward model"] = f"scores responses ({node['path']})"
+        if sig.flags.get("loads_model"):
+            plan.models[f"reward.{name}"] = f"scores responses ({node['path']})"
 
 
 def _select(cfg: Any, plan: Plan, have: set[str]) -> None:

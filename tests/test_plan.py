@@ -175,6 +175,8 @@ def test_what_is_loaded_follows_from_the_columns(
             "2 updates per rollout with an objective that has no ratio to the sampling policy are biased; "
             "set batch.epochs=1 batch.minibatches=1, or choose an objective with one (ppo_clip)",
         ),
+        (["reward=model"], "reward.model.path is empty; type reward.model.path=RUN"),
+        (["reward=python"], "reward.python.path is empty; type reward.python.path=FILE:FUNCTION"),
         (["credit=none"], "updates.policy.surrogate.objective: ppo_clip needs advantage; no credit rule gives it: type credit=group_norm (rlhf list credit)"),
         (
             ["algo=sft", *PAIRS, "credit=group_norm"],
@@ -332,3 +334,9 @@ def test_planning_loads_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_a_reward_that_loads_a_model_is_named_whatever_its_key() -> None:
+    plan = validate(compose("train", ["reward=model", "reward.model.path=runs/judge"], None))
+    assert plan.models["reward.model"] == "scores responses (runs/judge)"
+    assert "reward.bleu" not in validate(compose("train", [], None)).models

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -56,10 +59,26 @@ class Comm:
             dist.barrier()
 
 
+@contextmanager
+def _quiet_compilers() -> Iterator[None]:
+    """DeepSpeed's import tries to link optional libraries, and the linker's complaints would look like errors of the run."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def start(device: torch.device) -> Comm:
     """Join the process group that the launcher's environment describes; a lone process makes its own."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
-    import deepspeed
+    with _quiet_compilers():
+        import deepspeed
 
     # DeepSpeed's own calls, which no user can change.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

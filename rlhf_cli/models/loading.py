@@ -68,7 +68,13 @@ def load_causal(cfg_model: ModelSection, *, dtype: torch.dtype, seed: int) -> An
 
     if _is_adapter(where):
         return _ready(_merged(where, cfg_model, dtype))
-    return _ready(_read(AutoModelForCausalLM, where, cfg_model, dtype=dtype))
+    model, info = _read(AutoModelForCausalLM, where, cfg_model, dtype=dtype, output_loading_info=True)
+    if info["missing_keys"]:  # they would be drawn at random without a word
+        absent = ", ".join(sorted(info["missing_keys"])[:3])
+        raise ConfigError(
+            f"{where} lacks weights of a language model ({absent}); a reward model goes into reward.model.path"
+        )
+    return _ready(model)
 
 
 def load_scalar(cfg_model: ModelSection, *, dtype: torch.dtype, seed: int) -> Any:

@@ -26,6 +26,9 @@ class Model:
     See Ouyang et al., Training language models to follow instructions with human feedback, arXiv:2203.02155, sec. 3.5.
     """
 
+    path_is = "RUN"
+    loads_model = True
+
     def __init__(
         self,
         *,

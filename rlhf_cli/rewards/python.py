@@ -37,6 +37,8 @@ class Python:
     lists: `value` (or `reward`) is the reward, every other key is logged beside it.
     """
 
+    path_is = "FILE:FUNCTION"
+
     def __init__(self, *, path: str) -> None:
         """Args:
         path: the function, as FILE.py:FUNCTION or MODULE:FUNCTION

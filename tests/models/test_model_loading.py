@@ -111,6 +111,13 @@ def test_scalar_from_a_language_model_and_from_a_trained_one(folder: Path, tmp_p
     assert (trained.score.weight == 0.25).all()
 
 
+def test_a_reward_model_is_no_language_model(folder: Path, tmp_path: Path) -> None:
+    """Its untied output layer is absent, and would be drawn at random."""
+    load_scalar(at(folder), dtype=F32, seed=3).save_pretrained(tmp_path / "reward")
+    with pytest.raises(ConfigError, match=r"lacks weights of a language model \(lm_head.weight\)"):
+        load_causal(at(tmp_path / "reward"), dtype=F32, seed=0)
+
+
 def test_no_embedding_is_frozen_by_a_padding_index(folder: Path) -> None:
     # Llama gives its embedding padding_idx = config.pad_token_id, which would keep that row's gradient at 0 for ever.
     for model in (load_causal(at(folder), dtype=F32, seed=0), load_causal(TINY, dtype=F32, seed=0)):
