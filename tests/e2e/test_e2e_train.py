@@ -162,8 +162,11 @@ def test_a_broken_data_file_names_its_line_and_does_not_block_another_try(rlhf: 
     broken.write_text('{"prompt": "a", "references": ["b"]}\n{"prompt": "a", "refer\n')
     words = ("train", *TINY, f"run.dir={tmp_path}", "run.name=r", "reward=length", "dataset=jsonl")
     done = rlhf(*words, f"dataset.path={broken}")
-    assert done.code == 2 and done.err.startswith("rlhf: error: ") and done.err.count("\n") == 1
-    assert "broken.jsonl:2: broken JSON" in done.err
+    # Under a test runner the first import of DeepSpeed in a process may let its linker probe through; our own line is one.
+    own = [
+        line for line in done.err.splitlines() if line.startswith("rlhf: ") or "Error" in line or "Traceback" in line
+    ]
+    assert done.code == 2 and len(own) == 1 and own[0].startswith("rlhf: error: broken.jsonl:2: broken JSON")
     whole = e2e.write_rows(tmp_path / "whole.jsonl", [{"prompt": f"p{i}", "references": ["b"]} for i in range(9)])
     again = rlhf(*words, f"dataset.path={whole}", "dataset.heldout_fraction=0.4")
     assert again.code == 0, again.err
