@@ -15,6 +15,13 @@ from rlhf_cli import cli
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def deepspeed_is_there() -> None:
+    """Its first import in a process runs a linker probe that writes to the terminal; let that happen before anything is captured."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed  # noqa: F401
+
+
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A run in this process takes over signals and the environment; give them back."""
