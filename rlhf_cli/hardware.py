@@ -25,7 +25,7 @@ def resolve_hardware(cfg: Any, *, here: bool = True) -> dict[str, Any]:
     if precision == "auto":
         precision = "bf16" if device == "cuda" or _cpu_has("amx_bf16") else "fp32"
     threads = cfg.hardware.threads or max(1, len(os.sched_getaffinity(0)) // processes)
-    budget = cfg.hardware.micro_batch_tokens or (16384 if device == "cuda" else 2048)
+    budget = cfg.hardware.micro_batch_tokens or (16384 if device == "cuda" else 1024)
     return {
         "device": device,
         "processes": processes,

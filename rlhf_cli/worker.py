@@ -16,6 +16,7 @@ import torch
 
 from rlhf_cli.config import build, load_config
 from rlhf_cli.engine.comm import Comm, start
+from rlhf_cli.engine.memory import keep_freed_memory
 from rlhf_cli.errors import ConfigError, GateError
 from rlhf_cli.loop import train
 from rlhf_cli.plan import HEADS
@@ -284,6 +285,7 @@ def main(path: Path) -> int:
     """Run one rank to its end; returns the exit status."""
     cfg = load_config(path)
     torch.set_num_threads(cfg.hardware.threads or 1)
+    keep_freed_memory()
     rank = int(os.environ.get("RANK", "0"))
     if rank:
         redirect(path / "logs" / f"rank-{rank}.log")

@@ -84,25 +84,28 @@ class DeepSpeedEngine:
     def _forward(self, want: frozenset[str]) -> exact.Forward:
         return lambda exp, rows: self.engine(**stage_inputs(exp, rows), want=want)
 
-    def batches(self, exp: Experience) -> exact.Batches:
-        """This rank's micro-batches."""
-        return exact.micro_batches(exp, self.comm.world, self.setup.budget, bool(self.module.packing))[self.comm.rank]
+    def batches(self, exp: Experience, matter: Tensor | None = None) -> exact.Batches:
+        """This rank's micro-batches, of all rows or of those that `matter` [N]."""
+        packing = bool(self.module.packing)
+        return exact.micro_batches(exp, self.comm.world, self.setup.budget, packing, matter)[self.comm.rank]
 
-    def infer(self, exp: Experience, want: frozenset[str]) -> dict[str, Tensor]:
-        """Outputs `want` of all rows, without gradient, on every rank."""
-        outs = exact.infer(exp, self.batches(exp), self._forward(want))
+    def infer(self, exp: Experience, want: frozenset[str], matter: Tensor | None = None) -> dict[str, Tensor]:
+        """Outputs `want` of all rows or of those that `matter`, 0 elsewhere, without gradient, on every rank."""
+        outs = exact.infer(exp, self.batches(exp, matter), self._forward(want))
         return {k: self.comm.sum(v) for k, v in outs.items()}
 
     def step(self, exp: Experience, update: Update, *, lr: float) -> dict[str, float]:
         """One optimizer step on the terms of `update`. Raises GateError before the optimizer on a non-finite loss or gradient."""
-        terms, batches = update.terms, self.batches(exp)
+        terms = update.terms
+        matter = exact.that_matter(terms, exp)
+        batches = self.batches(exp, matter)
         forward = self._forward(exact.wanted(terms))
         self._finite.clear()
         if exact.single_pass_is_exact(terms):
             mine = exact.single_pass(terms, exp, batches, forward, self._backward)
             outs = {k: self.comm.sum(v) for k, v in mine.items()}
         else:
-            outs = self.infer(exp, exact.wanted(terms))
+            outs = self.infer(exp, exact.wanted(terms), matter)
             exact.two_pass(terms, exp, outs, batches, forward, self._backward)
         full = exact.complete(exp, outs)
         losses = exact.term_losses(terms, exp, full, [exact.weights_of(t, exp) for t in terms])
@@ -113,6 +116,9 @@ class DeepSpeedEngine:
         stats["lr"] = lr
         self.updates += 1
         self.moved = lr > 0 and stats["grad_norm"] > 0
+        kept = matter.nonzero().flatten()
+        if 0 < len(kept) < len(exp):  # the others were not forwarded, so nothing is known of them
+            exp, full = exp.rows(kept), {k: v[kept] for k, v in full.items()}
         return stats | diagnose(exp, full)
 
     def evaluate(self, exp: Experience, update: Update) -> dict[str, float]:
