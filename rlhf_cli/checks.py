@@ -39,6 +39,7 @@ def check_numbers(cfg: Any) -> None:
         ("gates.constant_steps", cfg.gates.constant_steps, 1),
         ("hardware.timeout", hw.timeout, 1),
         ("hardware.processes", hw.processes, 0),
+        ("hardware.nodes", hw.nodes, 1),
         ("hardware.threads", hw.threads, 0),
         ("hardware.micro_batch_tokens", hw.micro_batch_tokens, 0),
     ):

@@ -41,6 +41,24 @@ class RunDir:
     def logs(self) -> Path:
         return self.path / "logs"
 
+    @property
+    def silent(self) -> Path:
+        """A file that any rank writes when it is silent, so that all ranks write their stacks."""
+        return self.logs / "silent"
+
+    @property
+    def claimed(self) -> bool:
+        """Whether this object is the one writer."""
+        return self._lock is not None
+
+    def error(self, rank: int) -> Path:
+        """Where a rank writes why it failed; the last line says it."""
+        return self.logs / f"rank-{rank}.error"
+
+    def stacks(self, rank: int) -> Path:
+        """Where a rank writes its Python stacks when any rank is silent."""
+        return self.logs / f"rank-{rank}.stacks"
+
     def create(self) -> RunDir:
         """Make the folders; existing ones stay."""
         try:
