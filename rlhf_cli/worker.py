@@ -330,8 +330,10 @@ def _watched(rundir: RunDir, stop: Stop, rank: int, output: Both | None) -> int:
 
 
 def _device(cfg: Any) -> torch.device:
-    """This rank's device, ready."""
+    """This rank's device, ready, with every global generator seeded: a user's reward may draw from any of them."""
     torch.set_num_threads(cfg.hardware.threads or 1)
+    random.seed(cfg.seed)
+    np.random.seed(cfg.seed % 2**32)
     torch.manual_seed(cfg.seed)
     if cfg.hardware.device != "cuda":
         return torch.device("cpu")
