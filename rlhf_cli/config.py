@@ -147,9 +147,7 @@ class HardwareSection:
     device: str = "auto"  # auto | cpu | cuda
     processes: int = 0  # ranks on this machine; 0: one per accelerator, or one
     nodes: int = 1  # machines; ranks = nodes x processes
-    hostfile: str = (
-        ""  # file of the machines, one a line (NAME slots=N), this one first; the others are started over ssh
-    )
+    hostfile: str = ""  # file of machines, NAME slots=N a line, this one first; ssh starts the others
     node_rank: int | None = None  # number of this machine, where the command is typed on every one
     master: str = ""  # HOST:PORT at which the others reach machine 0
     precision: str = "auto"  # auto (bf16 where the hardware multiplies it) | fp32 | bf16 (computes in bf16, keeps fp32 master weights)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from rlhf_cli.launch.nodes import Place, await_config, place_of
 from rlhf_cli.launch.ranks import run_ranks
 from rlhf_cli.launch.stop import Stop
 from rlhf_cli.plan import validate
-from rlhf_cli.record.files import full_disk
+from rlhf_cli.record.files import full_disk, write_text_atomic
 from rlhf_cli.record.rundir import RunDir, name_run
 from rlhf_cli.report.planned import describe
 
@@ -45,10 +46,8 @@ def launch(cfg: Any) -> int:
     if place.node_rank:
         return follow(RunDir(Path(cfg.run.dir) / cfg.run.name), cfg, place)
     rundir = prepare(cfg)
-    try:
+    with _released(rundir):
         return start(rundir, cfg.hardware, place)
-    finally:
-        rundir.release()
 
 
 def follow(rundir: RunDir, cfg: Any, place: Place) -> int:
@@ -76,8 +75,17 @@ def resume(path: Path, overrides: list[str]) -> int:
     if place.node_rank:
         return follow(rundir, cfg, place)
     rundir.claim()
-    try:
+    with _released(rundir):
         return _resume(rundir, cfg, before, place)
+
+
+@contextmanager
+def _released(rundir: RunDir) -> Iterator[None]:
+    """Let go of a claimed run at the end; a full disk is said in one line."""
+    try:
+        yield
+    except OSError as e:
+        raise full_disk(e, rundir.path) or e from None
     finally:
         rundir.release()
 
@@ -108,13 +116,10 @@ def prepare(cfg: Any) -> RunDir:
         if named and _has_work(path):
             _refuse_other(path, plain, cfg.resume)
         rundir.save_config(plain)
-        (path / "plan.txt").write_text(describe(cfg) + "\n", encoding="utf-8")
-    except OSError as e:
+        write_text_atomic(path / "plan.txt", describe(cfg) + "\n")
+    except BaseException as e:
         rundir.release()
         raise full_disk(e, path) or e from None
-    except BaseException:
-        rundir.release()
-        raise
     return rundir
 
 
