@@ -346,7 +346,8 @@ def _failed(rundir: RunDir, session: Session | None, e: BaseException, rank: int
     """Write down why, before the error leaves; a disk that takes no more must not hide it."""
     reason = f"{type(e).__name__}: {e}" if not isinstance(e, KeyboardInterrupt) else "interrupted twice"
     text = "".join(traceback.format_exception(e))
-    print(text, file=sys.stderr, flush=True)
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
     with suppress(OSError):
         rundir.error(rank).write_text(text, encoding="utf-8")
     with suppress(OSError):

@@ -99,7 +99,7 @@ def _resume(rundir: RunDir, cfg: Any, before: Any, place: Place) -> int:
     if status.get("status") == "finished" and cfg.steps <= int(status.get("step", -1)) and cfg.resume == "auto":
         print(f"rlhf: {path} is finished ({cfg.steps} steps); for more, type rlhf resume {path} steps=N", flush=True)
         return 0
-    rundir.save_config(after)
+    _freeze(rundir, after)
     return start(rundir, cfg.hardware, place)
 
 
@@ -115,12 +115,17 @@ def prepare(cfg: Any) -> RunDir:
         plain: Any = OmegaConf.to_container(cfg, resolve=True)
         if named and _has_work(path):
             _refuse_other(path, plain, cfg.resume)
-        rundir.save_config(plain)
+        _freeze(rundir, plain)
         write_text_atomic(path / "plan.txt", describe(cfg) + "\n")
     except BaseException as e:
         rundir.release()
         raise full_disk(e, path) or e from None
     return rundir
+
+
+def _freeze(rundir: RunDir, plain: dict[str, Any]) -> None:
+    """Write the configuration, without where this machine stands: another start may be made from elsewhere."""
+    rundir.save_config(plain | {"hardware": plain["hardware"] | {"node_rank": None, "master": "", "hostfile": ""}})
 
 
 def _has_work(path: Path) -> bool:

@@ -28,20 +28,24 @@ def main(path: Path) -> int:
     worker = os.fork()
     if worker == 0:
         die_with_parent()
-        from rlhf_cli.worker import entry
+        from rlhf_cli.worker import PREEMPTED, entry
 
-        return entry(path, stop)
+        code = entry(path, stop)
+        return 0 if code == PREEMPTED else code  # DeepSpeed's launcher would end ranks that still close their files
     return keep(worker, RunDir(path), int(os.environ["RANK"]))
 
 
 def keep(worker: int, rundir: RunDir, rank: int) -> int:
-    """Wait for the process of a rank; SIGTERM ends it at once."""
+    """Wait for the process of a rank. SIGTERM ends it at once where a rank failed, and else asks it to stop."""
     ended = False
 
     def end(number: int, frame: Any) -> None:
         nonlocal ended
-        ended = True
         with suppress(ProcessLookupError):
+            if not rundir.silent.exists() and not any(rundir.errors()):
+                os.kill(worker, signal.SIGTERM)
+                return
+            ended = True
             if rundir.silent.exists():
                 os.kill(worker, signal.SIGUSR2)  # its stacks, even if it holds the interpreter's lock
                 time.sleep(DUMP_TIME)

@@ -9,8 +9,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from rlhf_cli.errors import ConfigError, GateError
@@ -32,7 +33,7 @@ def run_ranks(rundir: RunDir, hardware: Any, place: Place, stop: Stop) -> int:
         rundir.error(rank).unlink(missing_ok=True)
         rundir.stacks(rank).unlink(missing_ok=True)
     rundir.silent.unlink(missing_ok=True)
-    before = rundir.status()
+    before, stale = rundir.status(), rundir.errors().items()  # what other machines will clear when they start
     with (
         (rundir.logs / f"launcher{place.suffix}.log").open("a", encoding="utf-8") as log,
         Others(rundir, place) as others,
@@ -42,14 +43,14 @@ def run_ranks(rundir: RunDir, hardware: Any, place: Place, stop: Stop) -> int:
             start_new_session=True, preexec_fn=die_with_parent,
         )  # fmt: skip
         try:
-            code = _wait(ranks, rundir, stop, others)
+            code = _wait(ranks, stop, lambda: others.failed() or bool(rundir.errors().items() - stale))
         except KeyboardInterrupt:
             _kill(ranks)
             _set_failed(rundir, place, "interrupted twice")
             return INTERRUPTED
         finally:
             _kill(ranks)
-    return _explain(rundir, place, code, before, others.problem)
+    return _explain(rundir, place, code, before, others.problem, dict(rundir.errors().items() - stale))
 
 
 def _command(rundir: RunDir, hardware: Any, place: Place) -> list[str]:
@@ -70,14 +71,14 @@ def _environment(hardware: Any, place: Place) -> dict[str, str]:
     return {"DS_ACCELERATOR": hardware.device, **os.environ, **held}
 
 
-def _wait(ranks: subprocess.Popen[bytes], rundir: RunDir, stop: Stop, others: Others) -> int:
-    """Wait for the end, passing a signal on to every rank once, and ending the ranks some seconds after others failed."""
+def _wait(ranks: subprocess.Popen[bytes], stop: Stop, failed: Callable[[], bool]) -> int:
+    """Wait for the end, passing a signal on to every rank once, and ending the ranks some seconds after any rank failed."""
     told: set[int] = set()
     doomed = 0.0
     while (code := ranks.poll()) is None:
         if stop.signal:
             told |= _tell(ranks.pid, signal.Signals[stop.signal], told)
-        if not doomed and (others.failed() or any(rundir.logs.glob("rank-*.error"))):
+        if not doomed and failed():
             doomed = time.monotonic() + GRACE
         if doomed and time.monotonic() > doomed:
             _kill(ranks)
@@ -116,7 +117,9 @@ def children(pid: int) -> list[int]:
 # -- why it ended ------------------------------------------------------------------------------------------------------
 
 
-def _explain(rundir: RunDir, place: Place, code: int, before: Mapping[str, Any], problem: str) -> int:
+def _explain(
+    rundir: RunDir, place: Place, code: int, before: Mapping[str, Any], problem: str, errors: Mapping[Path, int]
+) -> int:
     """The exit status, or the first failing rank's error. `before`: the status when the ranks started."""
     status = rundir.status()
     if status.get("status") == "preempted" and status != before:
@@ -124,32 +127,30 @@ def _explain(rundir: RunDir, place: Place, code: int, before: Mapping[str, Any],
     if code == 0 and not problem:
         return 0
     silent = rundir.silent.read_text(encoding="utf-8") if rundir.silent.exists() else ""
-    first = first_failure(rundir)
+    first = first_failure(errors)
     if first is None:
         text = silenced(rundir, silent) or problem or f"the ranks ended with status {code}; see {rundir.logs}/*.log"
         return _tell_user(rundir, place, text, PREEMPTED if silent else FAILED)
     rank, kind, text = first
     if kind in ("ConfigError", "GateError"):
         _set_failed(rundir, place, f"{kind}: {text}")
-        raise (GateError if kind == "GateError" else ConfigError)(
-            text if text.startswith("rank ") else f"rank {rank}: {text}"
-        )
+        refused = GateError if kind == "GateError" else ConfigError
+        raise refused(text if text.startswith("rank ") else f"rank {rank}: {text}")
     if kind == "Killed":
         return _tell_user(rundir, place, f"rank {rank} {text}", FAILED)
-    return _tell_user(
-        rundir, place, f"rank {rank} failed: {kind}: {text}; the traceback is in {rundir.error(rank)}", FAILED
-    )
+    where = f"the traceback is in {rundir.error(rank)}"
+    return _tell_user(rundir, place, f"rank {rank} failed: {kind}: {text}; {where}", FAILED)
 
 
-def first_failure(rundir: RunDir) -> tuple[int, str, str] | None:
+def first_failure(errors: Mapping[Path, int]) -> tuple[int, str, str] | None:
     """(rank, class, message) of the rank that failed first; one that only lost its connection to another is never the cause."""
     found = []
-    for path in rundir.logs.glob("rank-*.error"):
+    for path, when in errors.items():
         lines = path.read_text(encoding="utf-8").strip().splitlines()
-        kind, _, text = (lines[-1] if lines else "unknown: the file is empty").partition(": ")
-        lost = any(word in part for word in CONSEQUENCES for part in lines[-1:])
+        last = lines[-1] if lines else "unknown: the file is empty"
+        kind, _, text = last.partition(": ")
         rank = int(path.stem.removeprefix("rank-"))
-        found.append((lost, path.stat().st_mtime_ns, rank, kind.rpartition(".")[2], text))
+        found.append((any(word in last for word in CONSEQUENCES), when, rank, kind.rpartition(".")[2], text))
     return min(found)[2:] if found else None
 
 

@@ -10,6 +10,7 @@ import socket
 import time
 import weakref
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -54,6 +55,14 @@ class RunDir:
     def error(self, rank: int) -> Path:
         """Where a rank writes why it failed; the last line says it."""
         return self.logs / f"rank-{rank}.error"
+
+    def errors(self) -> dict[Path, int]:
+        """The error file of every rank that failed, with its time in nanoseconds."""
+        found = {}
+        for path in self.logs.glob("rank-*.error"):
+            with suppress(FileNotFoundError):
+                found[path] = path.stat().st_mtime_ns
+        return found
 
     def stacks(self, rank: int) -> Path:
         """Where a rank writes its Python stacks when any rank is silent."""

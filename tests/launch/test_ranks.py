@@ -44,11 +44,11 @@ def failed(run: RunDir, rank: int, text: str, at: int) -> None:
 
 
 def test_the_first_failure_by_time(run: RunDir) -> None:
-    assert ranks.first_failure(run) is None
+    assert ranks.first_failure(run.errors()) is None
     failed(run, 1, "Traceback ...\nValueError: bad", 2_000)
     failed(run, 0, "Traceback ...\nrlhf_cli.errors.GateError: step 3: x", 3_000)
     failed(run, 12, "Killed: was killed (SIGKILL); out of memory? see dmesg", 4_000)
-    assert ranks.first_failure(run) == (1, "ValueError", "bad")
+    assert ranks.first_failure(run.errors()) == (1, "ValueError", "bad")
 
 
 @pytest.mark.parametrize(
@@ -61,9 +61,9 @@ def test_the_first_failure_by_time(run: RunDir) -> None:
 def test_a_lost_connection_is_never_the_cause(lost: str, run: RunDir) -> None:
     failed(run, 0, lost, 1_000)
     failed(run, 1, "Killed: was killed (SIGKILL); out of memory? see dmesg", 9_000)
-    assert ranks.first_failure(run) == (1, "Killed", "was killed (SIGKILL); out of memory? see dmesg")
+    assert ranks.first_failure(run.errors()) == (1, "Killed", "was killed (SIGKILL); out of memory? see dmesg")
     run.error(1).unlink()
-    found = ranks.first_failure(run)
+    found = ranks.first_failure(run.errors())
     assert found and found[0] == 0, "alone it is all there is to say"
 
 
@@ -111,6 +111,10 @@ def test_a_keeper_that_is_told_to_end_kills_its_rank_and_blames_nobody(kept, run
         keeper.send_signal(harmless)
     time.sleep(0.2)
     assert psutil.pid_exists(worker)
+    keeper.send_signal(signal.SIGTERM)  # nobody failed: the rank is asked, and may save
+    time.sleep(0.3)
+    assert psutil.pid_exists(worker) and keeper.poll() is None
+    run.error(0).write_text("ValueError: first\n")
     keeper.send_signal(signal.SIGTERM)
     assert keeper.wait(10) == 128 + signal.SIGKILL
     assert not run.error(1).exists() and not psutil.pid_exists(worker)
