@@ -105,7 +105,7 @@ def _conflicts(cfg: Any) -> Iterable[tuple[bool, str]]:
 
 
 OWNED = {  # DeepSpeed keys that other settings decide, and which
-    "train_batch_size": "batch.prompts and batch.samples",
+    "train_batch_size": "batch",
     "train_micro_batch_size_per_gpu": "hardware.micro_batch_tokens",
     "gradient_accumulation_steps": "hardware.micro_batch_tokens",
     "gradient_clipping": "optim.clip",

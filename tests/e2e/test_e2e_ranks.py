@@ -166,6 +166,6 @@ def test_a_hostfile_starts_the_others_over_ssh_and_they_end_together(tmp_path: P
     assert done.code == 0, done.out + done.err
     assert "to other" in (tmp_path / "ssh" / "logs" / "node-1.log").read_text()
     (tmp_path / "fail").write_text("")
-    again = e2e.shell("resume", str(tmp_path / "ssh"), "steps=4", PATH=path)
+    again = e2e.shell("resume", str(tmp_path / "ssh"), "steps=4", more[1], PATH=path)
     assert again.code == 3 and "rank 1: " in again.err and "no judge there" in again.err, again.err
     assert e2e.until(lambda: nobody_is_left(tmp_path / "ssh"), process=None, limit=10)
