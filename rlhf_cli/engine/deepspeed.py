@@ -284,7 +284,7 @@ def _require_aio(folder: str) -> None:
             raise ConfigError(f"hardware.offload=nvme: DeepSpeed's async_io needs libaio, which is not here; {install}")
         builder.load(verbose=False)
     except (RuntimeError, ImportError, OSError, subprocess.SubprocessError) as e:
-        why = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        why = (str(e).strip().splitlines() or [type(e).__name__])[0].partition(": [")[0]  # a compiler's command follows
         raise ConfigError(f"hardware.offload=nvme: DeepSpeed's async_io cannot be built ({why}); {install}") from e
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import stat
@@ -69,13 +70,11 @@ def test_an_error_on_one_rank_is_the_one_that_is_shown(tmp_path: Path) -> None:
 
 def test_silence_writes_the_stacks_of_every_rank_even_of_one_that_holds_the_lock(tmp_path: Path) -> None:
     stuck = f"import ctypes; {ON_RANK_1} and ctypes.PyDLL(None).sleep(300)"  # PyDLL keeps the interpreter's lock
-    done = e2e.shell(*words(tmp_path, "stuck", stuck, *TWO, "hardware.timeout=12"))
+    done = e2e.shell(*words(tmp_path, "stuck", stuck, *TWO, "hardware.timeout=8"))
     logs = tmp_path / "stuck" / "logs"
     assert done.code == 75, done.err
-    assert (
-        "rank 0 silent for 12 s in phase evaluate; every rank but 1 waits in a collective; stacks of every rank"
-        in done.err
-    )
+    said = r"rank 0 silent for \d+ s in phase evaluate; every rank but 1 waits in a collective; stacks of every rank"
+    assert re.search(said, done.err), done.err
     assert "in score" in (logs / "rank-1.stacks").read_text() and "stuck.py" in (logs / "rank-1.stacks").read_text()
     assert "torch/distributed" in (logs / "rank-0.stacks").read_text()
     assert e2e.status(tmp_path / "stuck")["status"] == "failed"
@@ -119,14 +118,11 @@ def test_ctrl_c_while_loading(tmp_path: Path) -> None:
 
 
 def test_uneven_data_does_not_hang_zero_3(tmp_path: Path) -> None:
-    """Three prompts, then one, on two ranks; one of three held-out prompts; groups that all drop out."""
-    more = ("hardware.processes=2", "hardware.zero=3", "hardware.timeout=40", "batch.samples=3", "eval.prompts=3")
-    one = ("batch.prompts=1", "select=drop_zero_variance", "gates.constant_steps=50")
-    done = e2e.shell(*words(tmp_path, "uneven", "pass", *more, "batch.prompts=3", "steps=1", "eval.every=0"))
+    """One prompt on two ranks leaves one of them without rows; three held-out prompts do not divide by two."""
+    more = ("hardware.processes=2", "hardware.zero=3", "batch.prompts=1", "batch.samples=3", "eval.prompts=3")
+    done = e2e.shell(*words(tmp_path, "uneven", "pass", *more, "gates.constant_steps=50"))
     assert done.code == 0, done.out + done.err
-    more_steps = e2e.shell("resume", str(tmp_path / "uneven"), *one[:1], "steps=2")
-    assert more_steps.code == 0, more_steps.out + more_steps.err
-    assert [r["count/groups"] for r in e2e.jsonl(tmp_path / "uneven" / "metrics.jsonl")] == [3, 1]
+    assert [r["count/groups"] for r in e2e.jsonl(tmp_path / "uneven" / "metrics.jsonl")] == [1, 1]
 
 
 def port() -> int:
@@ -160,12 +156,9 @@ def test_a_hostfile_starts_the_others_over_ssh_and_they_end_together(tmp_path: P
     hosts.write_text("127.0.0.1 slots=1  # here\nother slots=1\n")
     more = ["hardware.nodes=2", f"hardware.hostfile={hosts}", "hardware.processes=1"]
     path = f"{fake.parent}:{os.environ['PATH']}"
-    raises = f"assert not ({ON_RANK_1} and os.path.exists('{tmp_path}/fail')), 'no judge there'"
-    command = words(tmp_path, "ssh", raises, *more)
-    done = e2e.shell(*command, PATH=path, cwd=Path.cwd())
-    assert done.code == 0, done.out + done.err
+    command = words(tmp_path, "ssh", f"assert not {ON_RANK_1}, 'no judge there'", *more)
+    done = e2e.shell(*command, PATH=path)
+    assert done.code == 3 and "rank 1: " in done.err and "no judge there" in done.err, done.out + done.err
     assert "to other" in (tmp_path / "ssh" / "logs" / "node-1.log").read_text()
-    (tmp_path / "fail").write_text("")
-    again = e2e.shell("resume", str(tmp_path / "ssh"), "steps=4", more[1], PATH=path)
-    assert again.code == 3 and "rank 1: " in again.err and "no judge there" in again.err, again.err
+    assert "no judge there" in (tmp_path / "ssh" / "logs" / "rank-1.log").read_text(), "rank 1 ran on the other machine"
     assert e2e.until(lambda: nobody_is_left(tmp_path / "ssh"), process=None, limit=10)
