@@ -162,7 +162,7 @@ class Stress:
         if moment == "random":
             after = self.chance.uniform(0.2, whole)
             code, _ = self.attempt(command, {}, log, after)
-            return "" if code == 0 else "random"
+            return "random" if code == -signal.SIGKILL else ""
         rank = 0 if moment in ("rename", "renamed") else self.chance.randrange(processes)
         nth, delay = self.chance.choice((1, 1, 2)), self.chance.uniform(0, 0.08)
         note = log.with_suffix(".struck")
