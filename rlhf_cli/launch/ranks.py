@@ -126,7 +126,10 @@ def _explain(
         return PREEMPTED
     if code == 0 and not problem:
         return 0
-    silent = rundir.silent.read_text(encoding="utf-8") if rundir.silent.exists() else ""
+    silent = ""
+    if rundir.silent.exists():  # a rank that wakes up while it writes its stacks finds the others gone
+        silent, since = rundir.silent.read_text(encoding="utf-8"), rundir.silent.stat().st_mtime_ns
+        errors = {path: when for path, when in errors.items() if when < since}
     first = first_failure(errors)
     if first is None:
         text = silenced(rundir, silent) or problem or f"the ranks ended with status {code}; see {rundir.logs}/*.log"
