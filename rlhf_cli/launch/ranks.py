@@ -170,8 +170,9 @@ def silenced(rundir: RunDir, reason: str) -> str:
 
 
 def _in_collective(stacks: str) -> bool:
-    """Whether the main thread, which faulthandler writes last, waits for other ranks."""
-    main = stacks.rpartition("(most recent call first):")[2].strip().splitlines()
+    """Whether the main thread, which faulthandler writes last, waits for other ranks; of several dumps the first counts."""
+    dumps = [part for part in stacks.split("stacks of all threads:") if "most recent call first" in part]
+    main = dumps[0].rpartition("(most recent call first):")[2].strip().splitlines() if dumps else []
     return any("torch/distributed/" in line for line in main[:4])
 
 
