@@ -70,7 +70,7 @@ def memory(cfg: Any, learners: Iterable[str], copies: Mapping[str, str], hw: Map
     n = parameters(cfg)
     if n is None:
         return ["  unknown: the model is neither local nor named by its size"]
-    world, zero, low = hw["processes"], cfg.hardware.zero, 2 if hw["precision"] == "bf16" else 4
+    world, zero, low = hw["processes"] * cfg.hardware.nodes, cfg.hardware.zero, 2 if hw["precision"] == "bf16" else 4
     trained = n * 0.02 if cfg.model.lora.r else n
     rows = []
     for name in learners:

@@ -286,7 +286,7 @@ def setup_of(cfg: Any, section: Any) -> Setup:
     lr = cfg.optim.lr if section is None or section.lr is None else section.lr
     hw = cfg.hardware
     return Setup(
-        zero=hw.zero, bf16=hw.precision == "bf16", offload=hw.offload, budget=hw.micro_batch_tokens, lr=lr,
+        zero=hw.zero, bf16=hw.precision == "bf16", offload=hw.offload, nvme_path=hw.nvme_path, budget=hw.micro_batch_tokens, lr=lr,
         betas=tuple(cfg.optim.betas), eps=cfg.optim.eps, weight_decay=cfg.optim.weight_decay, clip=cfg.optim.clip, extra=dict(hw.deepspeed),
     )  # fmt: skip
 

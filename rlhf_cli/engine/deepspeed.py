@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from rlhf_cli.diagnostics import DIAGNOSTICS
 from rlhf_cli.engine import step as exact
 from rlhf_cli.engine.comm import Comm
-from rlhf_cli.errors import GateError
+from rlhf_cli.errors import ConfigError, GateError
 from rlhf_cli.inject import call, needs
 from rlhf_cli.models.heads import stage_inputs
 from rlhf_cli.types import COLUMNS, Experience, Update
@@ -35,6 +36,7 @@ class Setup:
     zero: int
     bf16: bool
     offload: str
+    nvme_path: str
     budget: int  # tokens per micro-batch
     lr: float
     betas: tuple[float, float]
@@ -48,8 +50,6 @@ class DeepSpeedEngine:
     """A module that returns columns, its optimizer, and the exact step over all processes."""
 
     def __init__(self, name: str, module: nn.Module, setup: Setup, comm: Comm) -> None:
-        import deepspeed
-
         self.name, self.setup, self.comm = name, setup, comm
         self.updates = 0  # optimizer steps taken
         self.moved = False  # the last step changed weights
@@ -66,9 +66,7 @@ class DeepSpeedEngine:
             fused=setup.offload == "none",
         )
         with redirect_stdout(io.StringIO()):  # it prints memory tables
-            self.engine, *_ = deepspeed.initialize(
-                model=module, optimizer=self._optimizer, config=_config(setup, self.stage)
-            )
+            self.engine, *_ = _initialize(module, self._optimizer, setup, self.stage)
         self.trained = {n: p for n, p in self.engine.module.named_parameters() if n in trained}
         for p in self.trained.values():
             p.register_hook(self._watch)
@@ -265,12 +263,48 @@ def diagnose(exp: Experience, outs: Mapping[str, Tensor]) -> dict[str, float]:
     return {name: float(call(fn, exp, outs)) for name, fn in DIAGNOSTICS.items() if needs(fn) <= have}
 
 
+def _initialize(module: nn.Module, optimizer: Any, setup: Setup, stage: int) -> tuple[Any, ...]:
+    """DeepSpeed's engine; what it says against the user's own keys, or against this machine, is a ConfigError."""
+    import deepspeed
+
+    if setup.offload == "nvme":
+        _require_aio(setup.nvme_path)
+    try:
+        return deepspeed.initialize(model=module, optimizer=optimizer, config=_config(setup, stage))
+    except (ValueError, AssertionError, KeyError, TypeError) as e:
+        if not setup.extra:
+            raise
+        raise ConfigError(
+            f"hardware.deepspeed={dict(setup.extra)}: DeepSpeed refuses it: {' '.join(str(e).split())}"
+        ) from e
+
+
+def _require_aio(folder: str) -> None:
+    """DeepSpeed writes to an NVMe disk through its async_io operator, which it compiles on first use."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    install = "install libaio (apt-get install libaio-dev, or dnf install libaio-devel), g++ and ninja, or type hardware.offload=cpu"
+    try:
+        builder = AsyncIOBuilder()
+        if not builder.is_compatible(verbose=False):
+            raise ConfigError(f"hardware.offload=nvme: DeepSpeed's async_io needs libaio, which is not here; {install}")
+        builder.load(verbose=False)
+    except (RuntimeError, ImportError, OSError, subprocess.SubprocessError) as e:
+        why = (str(e).strip().splitlines() or [type(e).__name__])[0].partition(": [")[0]  # a compiler's command follows
+        raise ConfigError(f"hardware.offload=nvme: DeepSpeed's async_io cannot be built ({why}); {install}") from e
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ConfigError(f"hardware.nvme_path={folder}: {e.strerror}") from None
+
+
 def _config(setup: Setup, stage: int) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": stage}
     if setup.offload != "none":
-        zero["offload_optimizer"] = {"device": setup.offload}
+        where = {"device": setup.offload} | ({"nvme_path": setup.nvme_path} if setup.offload == "nvme" else {})
+        zero["offload_optimizer"] = dict(where)
         if stage == 3:
-            zero["offload_param"] = {"device": setup.offload}
+            zero["offload_param"] = dict(where)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
-import signal
-import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from rlhf_cli.config import load_config
-from rlhf_cli.errors import ConfigError, GateError
-from rlhf_cli.hardware import free_port, resolve_hardware
+from rlhf_cli.errors import ConfigError
+from rlhf_cli.hardware import resolve_hardware
+from rlhf_cli.launch.nodes import Place, await_config, place_of
+from rlhf_cli.launch.ranks import run_ranks
+from rlhf_cli.launch.stop import Stop
 from rlhf_cli.plan import validate
+from rlhf_cli.record.files import full_disk, write_text_atomic
 from rlhf_cli.record.rundir import RunDir, name_run
 from rlhf_cli.report.planned import describe
 
@@ -33,39 +35,72 @@ FREE = (
     "steps",
 )  # may differ on resume
 MAY_CHANGE = ("hardware", "gates", "eval")  # may differ, said aloud
+HERE = ("hardware.node_rank", "hardware.master", "hardware.hostfile")  # where a machine stands; not worth a word
 
 
 def launch(cfg: Any) -> int:
     """Freeze the configuration into the run directory and run it, in place or as several ranks."""
     validate(cfg)
     OmegaConf.update(cfg, "hardware", resolve_hardware(cfg), merge=True)
+    place = place_of(cfg)
+    if place.node_rank:
+        return follow(RunDir(Path(cfg.run.dir) / cfg.run.name), cfg, place)
     rundir = prepare(cfg)
-    return start(rundir, cfg.hardware.processes, cfg.hardware.threads)
+    with _released(rundir):
+        return start(rundir, cfg.hardware, place)
+
+
+def follow(rundir: RunDir, cfg: Any, place: Place) -> int:
+    """Run this machine's ranks of a run that machine 0 froze."""
+    await_config(rundir, OmegaConf.to_container(cfg, resolve=True), differences)
+    return start(rundir, cfg.hardware, place)
 
 
 def resume(path: Path, overrides: list[str]) -> int:
     """Go on with a run from its newest valid checkpoint; `overrides` change its configuration, said aloud."""
+    rundir = RunDir(path)
     if not (path / "config.yaml").exists():
         raise ConfigError(f"resume: {path} is no run directory (no config.yaml in it); rlhf resume runs/NAME")
-    _refuse_busy(RunDir(path))
     cfg = load_config(path)
     cfg.resume = "auto"
+    cfg.run.dir, cfg.run.name = str(path.parent), path.name  # it may have been moved
     before = OmegaConf.to_container(cfg, resolve=True)
     if overrides:
         from rlhf_cli.override import override
 
         cfg = override(cfg, overrides)
         validate(cfg)
-        OmegaConf.update(cfg, "hardware", resolve_hardware(cfg), merge=True)
-        for key, (old, new) in differences(before, OmegaConf.to_container(cfg, resolve=True)).items():
+    OmegaConf.update(cfg, "hardware", resolve_hardware(cfg), merge=True)
+    place = place_of(cfg)
+    if place.node_rank:
+        return follow(rundir, cfg, place)
+    rundir.claim()
+    with _released(rundir):
+        return _resume(rundir, cfg, before, place)
+
+
+@contextmanager
+def _released(rundir: RunDir) -> Iterator[None]:
+    """Let go of a claimed run at the end; a full disk is said in one line."""
+    try:
+        yield
+    except OSError as e:
+        raise full_disk(e, rundir.path) or e from None
+    finally:
+        rundir.release()
+
+
+def _resume(rundir: RunDir, cfg: Any, before: Any, place: Place) -> int:
+    after: Any = OmegaConf.to_container(cfg, resolve=True)
+    for key, (old, new) in differences(before, after).items():
+        if key not in HERE:
             print(f"rlhf: resume changes {key}: {old} -> {new}", flush=True)
-    status = RunDir(path).status()
+    status, path = rundir.status(), rundir.path
     if status.get("status") == "finished" and cfg.steps <= int(status.get("step", -1)) and cfg.resume == "auto":
         print(f"rlhf: {path} is finished ({cfg.steps} steps); for more, type rlhf resume {path} steps=N", flush=True)
         return 0
-    rundir = RunDir(path)
-    rundir.save_config(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
-    return start(rundir, cfg.hardware.processes, cfg.hardware.threads)
+    _freeze(rundir, after)
+    return start(rundir, cfg.hardware, place)
 
 
 def prepare(cfg: Any) -> RunDir:
@@ -74,22 +109,23 @@ def prepare(cfg: Any) -> RunDir:
     if not named:
         cfg.run.name = name_run(cfg.run.dir, cfg.names)
     path = Path(cfg.run.dir) / cfg.run.name
-    rundir = RunDir(path)
-    _refuse_busy(rundir)
-    plain: Any = OmegaConf.to_container(cfg, resolve=True)
-    if named and _has_work(path):
-        _refuse_other(path, plain, cfg.resume)
-    rundir.create()
-    rundir.save_config(plain)
-    (path / "plan.txt").write_text(describe(cfg) + "\n", encoding="utf-8")
+    rundir = RunDir(path).create()
+    rundir.claim()  # two writers would mix their files; the second must not even touch the configuration
+    try:
+        plain: Any = OmegaConf.to_container(cfg, resolve=True)
+        if named and _has_work(path):
+            _refuse_other(path, plain, cfg.resume)
+        _freeze(rundir, plain)
+        write_text_atomic(path / "plan.txt", describe(cfg) + "\n")
+    except BaseException as e:
+        rundir.release()
+        raise full_disk(e, path) or e from None
     return rundir
 
 
-def _refuse_busy(rundir: RunDir) -> None:
-    """Two writers would mix their files; the second must not even touch the configuration."""
-    holder = rundir.writer()
-    if holder:
-        raise ConfigError(f"run {rundir.name} is being written by {holder}; stop it, or choose another run.name")
+def _freeze(rundir: RunDir, plain: dict[str, Any]) -> None:
+    """Write the configuration, without where this machine stands: another start may be made from elsewhere."""
+    rundir.save_config(plain | {"hardware": plain["hardware"] | {"node_rank": None, "master": "", "hostfile": ""}})
 
 
 def _has_work(path: Path) -> bool:
@@ -104,15 +140,20 @@ def _refuse_other(path: Path, plain: Mapping[str, Any], resume_mode: str) -> Non
         raise ConfigError(f"run {path} exists and resume=never; choose another run.name, or resume=auto to continue it")
     old: Any = OmegaConf.to_container(OmegaConf.load(path / "config.yaml"), resolve=True)
     found = differences(old, plain)
-    hard = [k for k in found if k.split(".")[0] not in (*FREE, *MAY_CHANGE)]
+    hard = _hard(found)
     if hard:
         was, now = found[hard[0]]
         raise ConfigError(
             f"run {path} exists with another configuration: {hard[0]} was {was}, now {now}; choose another run.name, "
             f"or change it on purpose with rlhf resume {path} {hard[0]}={now}"
         )
-    for key in (k for k in found if k.split(".")[0] in MAY_CHANGE):
+    for key in (k for k in found if k.split(".")[0] in MAY_CHANGE and k not in HERE):
         print(f"rlhf: continuing {path} with {key}: {found[key][0]} -> {found[key][1]}", flush=True)
+
+
+def _hard(found: Mapping[str, Any]) -> list[str]:
+    """The keys among those found different that make another experiment."""
+    return [k for k in found if k.split(".")[0] not in (*FREE, *MAY_CHANGE)]
 
 
 def differences(a: Any, b: Any, key: str = "") -> dict[str, tuple[Any, Any]]:
@@ -136,78 +177,16 @@ def calm(threads: int) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def start(rundir: RunDir, processes: int, threads: int) -> int:
-    """Run the ranks: one in place, several under DeepSpeed's launcher."""
-    calm(threads)
+def start(rundir: RunDir, hardware: Any, place: Place) -> int:
+    """Run the ranks of this machine: a lone one in place, several under DeepSpeed's launcher."""
+    calm(hardware.threads)
     os.environ.setdefault("RLHF_ARGV", json.dumps(["rlhf", *sys.argv[1:]]))
-    if processes == 1:
-        from rlhf_cli.worker import main
+    stop = Stop()
+    if hardware.processes * place.nodes > 1:
+        return run_ranks(rundir, hardware, place, stop)
+    from rlhf_cli.worker import main
 
-        return main(rundir.path)
-    return run_ranks(rundir, processes)
-
-
-def run_ranks(rundir: RunDir, processes: int) -> int:
-    """DeepSpeed's per-node launcher: starts the ranks with their environment, and stops all when one fails."""
-    world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(processes))}).encode()).decode()
-    command = [
-        sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={world}", "--node_rank=0", "--master_addr=127.0.0.1",
-        f"--master_port={free_port()}", "--no_local_rank", "--log_level=critical", "--module", "rlhf_cli.worker", str(rundir.path),
-    ]  # fmt: skip
-    environment = {
-        **os.environ,
-        "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu" if not _cuda(rundir) else "cuda"),
-    }
-    before = rundir.status()
-    for old in rundir.logs.glob("rank-*.error"):  # of an earlier try
-        old.unlink()
-    log = (rundir.logs / "launcher.log").open("a", encoding="utf-8")
-    ranks = subprocess.Popen(command, env=environment, stderr=log, start_new_session=True)
-    for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(s, lambda number, _: _forward(ranks, number))
-    code = ranks.wait()
-    log.close()
-    return _explain(rundir, code, before)
-
-
-def _forward(launcher: subprocess.Popen[bytes], number: int) -> None:
-    """Pass a signal to the ranks, which checkpoint and end; the launcher itself would kill them at once."""
-    for child in children(launcher.pid):
-        try:
-            os.kill(child, number)
-        except ProcessLookupError:
-            continue
-
-
-def children(pid: int) -> list[int]:
-    """Direct children of a process."""
-    found = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        found += [int(p) for p in task.read_text().split()]
-    return found
-
-
-def _explain(rundir: RunDir, code: int, before: Mapping[str, Any]) -> int:
-    """Show the first failing rank's error. `before`: the status when the ranks started."""
-    status = rundir.status()
-    if status.get("status") == "preempted" and status != before:
-        return 75
-    if code == 0:
-        return 0
-    errors = sorted(rundir.logs.glob("rank-*.error"), key=lambda p: p.stat().st_mtime)
-    if errors:
-        last = errors[0].read_text(encoding="utf-8").strip().splitlines()[-1]
-        kind, _, text = last.partition(": ")
-        rank = errors[0].stem.removeprefix("rank-")
-        if kind.rpartition(".")[2] in ("ConfigError", "GateError"):
-            refused = GateError if kind.endswith("GateError") else ConfigError
-            raise refused(text if text.startswith(f"rank {rank}") else f"rank {rank}: {text}")
-        raise ConfigError(f"rank {rank} failed: {last}; the traceback is in {errors[0]}")
-    raise ConfigError(f"the ranks ended with status {code}; see {rundir.logs}/launcher.log and rank-*.log")
-
-
-def _cuda(rundir: RunDir) -> bool:
-    return OmegaConf.load(rundir.path / "config.yaml").hardware.device == "cuda"
+    return main(rundir, stop)
 
 
 def run_verb(verb: str, cfg: Any) -> int:

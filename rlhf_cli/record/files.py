@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from rlhf_cli.errors import ConfigError
 
 
 def write_text_atomic(path: Path, text: str) -> None:
@@ -24,6 +28,19 @@ def write_text_atomic(path: Path, text: str) -> None:
 def write_json_atomic(path: Path, obj: Any) -> None:
     """Replace `path` by `obj` as strict JSON; non-finite numbers become null."""
     write_text_atomic(path, json.dumps(strict(obj), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def full_disk(e: BaseException, path: Path) -> ConfigError | None:
+    """What to say when `e` means that the disk behind the run `path` takes no more; None when it means something else."""
+    number, what = getattr(e, "errno", None), str(e)
+    rust = re.search(r"os error (\d+)", what)  # safetensors
+    number = int(rust[1]) if number is None and rust else number
+    if number not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+        return None
+    name = getattr(e, "filename", None) or path
+    return ConfigError(
+        f"cannot write {name}: {os.strerror(number)}; everything up to the newest checkpoint is kept: make room, then rlhf resume {path}"
+    )
 
 
 def strict(value: Any) -> Any:

@@ -10,6 +10,7 @@ import socket
 import time
 import weakref
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -40,6 +41,32 @@ class RunDir:
     @property
     def logs(self) -> Path:
         return self.path / "logs"
+
+    @property
+    def silent(self) -> Path:
+        """A file that any rank writes when it is silent, so that all ranks write their stacks."""
+        return self.logs / "silent"
+
+    @property
+    def claimed(self) -> bool:
+        """Whether this object is the one writer."""
+        return self._lock is not None
+
+    def error(self, rank: int) -> Path:
+        """Where a rank writes why it failed; the last line says it."""
+        return self.logs / f"rank-{rank}.error"
+
+    def errors(self) -> dict[Path, int]:
+        """The error file of every rank that failed, with its time in nanoseconds."""
+        found = {}
+        for path in self.logs.glob("rank-*.error"):
+            with suppress(FileNotFoundError):
+                found[path] = path.stat().st_mtime_ns
+        return found
+
+    def stacks(self, rank: int) -> Path:
+        """Where a rank writes its Python stacks when any rank is silent."""
+        return self.logs / f"rank-{rank}.stacks"
 
     def create(self) -> RunDir:
         """Make the folders; existing ones stay."""

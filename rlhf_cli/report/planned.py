@@ -12,7 +12,8 @@ from rlhf_cli.plan import HEADS, Plan, validate
 def describe(cfg: Any) -> str:
     """The plan as text: what runs, in which order, on what, and what it needs."""
     plan, hw = validate(cfg), resolve_hardware(cfg, here=False)
-    world = hw["processes"]
+    world = hw["processes"] * cfg.hardware.nodes
+    machines = f"{cfg.hardware.nodes} machines, " if cfg.hardware.nodes > 1 else ""
     names = dict(cfg.names)
     title = " ".join(f"{k}={names[k]}" for k in ("algo", "reward", "dataset", "model") if names.get(k))
     lines = [title, "", "Batch"]
@@ -21,7 +22,7 @@ def describe(cfg: Any) -> str:
     lines += [
         "",
         "Hardware",
-        f"  {hw['device']}, {world} x {hw['threads']} threads, {hw['precision']}, ZeRO-{cfg.hardware.zero}, offload {cfg.hardware.offload}",
+        f"  {hw['device']}, {machines}{world} x {hw['threads']} threads, {hw['precision']}, ZeRO-{cfg.hardware.zero}, offload {cfg.hardware.offload}",
     ]
     lines += ["", "Models"] + [f"  {name:<14}{why}" for name, why in plan.models.items()]
     copies = {}
