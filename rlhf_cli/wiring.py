@@ -13,18 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_cli import gates, stages
-from rlhf_cli.config import build
+from rlhf_cli.config import build, check_node
 from rlhf_cli.data.loading import load
 from rlhf_cli.data.record import Record, as_demonstrations, check_lengths, check_references
 from rlhf_cli.data.text import end_id, render, response_ids
 from rlhf_cli.engine.comm import Comm
 from rlhf_cli.engine.deepspeed import DeepSpeedEngine, Frozen, Setup
 from rlhf_cli.errors import GateError
+from rlhf_cli.hardware import reward_processes
 from rlhf_cli.models import loading, packing
 from rlhf_cli.models.heads import PolicyHead, ScalarHead, inner
 from rlhf_cli.models.lora import add_lora, reference_disabled
 from rlhf_cli.plan import Plan, learner_sections, validate
 from rlhf_cli.rewards.combine import Combined
+from rlhf_cli.rewards.pool import Pooled, Workers
 from rlhf_cli.rollout.sampler import Decoding, Sampler
 from rlhf_cli.sources.assemble import rows, sample_of
 from rlhf_cli.sources.recorded import Recorded
@@ -58,6 +60,8 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
     tokenizer = loading.load_tokenizer(cfg.model)
     train, heldout = load_records(cfg, plan)
     require_references(scorer, [*train, *heldout])
+    if scorer is not None:
+        scorer.start()
     encoded = encode(train, tokenizer, cfg)
     encoded_heldout = encode(heldout, tokenizer, cfg)
 
@@ -74,8 +78,9 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
     if sampled:
         assert sampler is not None
         source: Any = Sampled(
-            train, encoded, sampler, publish, comm, prompts=cfg.batch.prompts, samples=cfg.batch.samples, seed=cfg.seed
-        )
+            train, encoded, sampler, publish, comm, prompts=cfg.batch.prompts, samples=cfg.batch.samples, seed=cfg.seed,
+            begin=scorer.begin if scorer is not None else None,
+        )  # fmt: skip
     else:
         answers = encode_answers(train, tokenizer, cfg)
         source = Recorded(train, encoded, answers, publish, prompts=cfg.batch.prompts, seed=cfg.seed)
@@ -86,9 +91,7 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
         )
 
     checks = make_gates(cfg, sampler)
-    score = stages.scoring(scorer, comm, cfg.gates.failures, checks.reward) if scorer is not None else stages.keep
-    if cfg.debug.get("shuffled_reward") and scorer is not None:
-        score = stages.shuffled(score, cfg.seed)
+    score = make_scoring(cfg, scorer, comm, checks, record)
     allow = list(cfg.allow_targets)
     run = Run(
         source=source,
@@ -318,14 +321,28 @@ def annotations(
 
 
 def make_scorer(cfg: Any) -> Combined | None:
-    """The weighted sum of the chosen rewards."""
-    allow = list(cfg.allow_targets)
-    chosen = {k: v for k, v in (cfg.reward or {}).items() if v}
-    built = {
-        k: (float(v.get("weight", 1.0)), build(v, f"reward.{k}", allow=allow, reserved=("weight",)))
-        for k, v in chosen.items()
-    }
+    """The weighted sum of the chosen rewards; those that say so run in worker processes, which all of them share."""
+    workers = Workers(reward_processes(cfg), cfg.reward_workers.timeout)
+    built: dict[str, tuple[float, Scorer]] = {}
+    for name, node in (cfg.reward or {}).items():
+        if not node:
+            continue
+        settings: Any = {"key": f"reward.{name}", "allow": list(cfg.allow_targets), "reserved": ("weight",)}
+        scorer: Any = build(node, **settings)
+        if getattr(scorer, "pooled", False):
+            sig, bound = check_node(node, **settings)
+            scorer = Pooled(name, scorer, (sig.target, bound), workers)
+        built[name] = float(node.get("weight", 1.0)), scorer
     return Combined(built) if built else None
+
+
+def make_scoring(cfg: Any, scorer: Scorer | None, comm: Comm, checks: gates.Gates, record: Any) -> stages.Stage:
+    """The stage that scores a step."""
+    if scorer is None:
+        return stages.keep
+    count = partial(record.count, under="component")
+    score = stages.scoring(scorer, comm, cfg.gates.failures, checks.reward, count, record.note)
+    return stages.shuffled(score, cfg.seed) if cfg.debug.get("shuffled_reward") else score
 
 
 def make_update(cfg: Any, learner: str, starts_at: int) -> Update:
