@@ -25,11 +25,25 @@ BLEU = {
 }  # fmt: skip
 ROUGE = {"_target_": "rlhf_cli.rewards.rouge.Rouge", "variant": "rougeL", "stemmer": True}
 MATH = {"_target_": "rlhf_cli.rewards.math_answer.MathAnswer", "extract": "any", "tolerance": 0.0}
-WORDS = (
-    'the of a model reward, learns "quoted" isn\'t 3.14 naïve über—dash 東京 policy\n slowly; token (why?) 42'.split(
-        " "
-    )
-)
+WORDS = [
+    "the",
+    "of",
+    "a",
+    "model",
+    "reward,",
+    "learns",
+    '"quoted"',
+    "isn't",
+    "3.14",
+    "naïve",
+    "über—dash",
+    "東京",
+    "policy\n",
+    "slowly;",
+    "token",
+    "(why?)",
+    "42",
+]
 
 
 def python(tmp_path, body, sees="sample"):
@@ -108,7 +122,7 @@ REASONS = {
     "die": "its worker process ended by itself, exit status 3",
     "abort": "its worker process ended by itself, signal SIGABRT",
     "leave": "its worker process ended by itself, exit status 4",
-    "raise": "my_pool_rewards.py:8: KeyError: 'no such thing'",
+    "raise": "my_pool_rewards.py:9: KeyError: 'no such thing'",
     "nan": "returned nan",
     "none": "returned None",
 }
@@ -170,7 +184,7 @@ def test_an_import_that_fails_only_in_a_worker_is_told(tmp_path):
     node = python(tmp_path, "    return [1]\n")
     scorer = pooled(node, Workers(1, 30.0))
     (tmp_path / "my_pool_rewards.py").write_text("import nothing_of_that_name\n")
-    with pytest.raises(GateError, match="worker could not start: .*nothing_of_that_name"):
+    with pytest.raises(GateError, match=r"worker could not start: .*nothing_of_that_name"):
         scorer([Sample("p", "a")], torch.tensor([0]))
 
 
@@ -197,7 +211,7 @@ def test_the_sum_waits_for_the_pool_and_says_why_rows_are_missing(tmp_path):
 
 
 def test_the_metrics_need_no_torch():
-    names = "worker bleu bleuberi chrf rouge math_answer rules python".split()
+    names = ["worker", "bleu", "bleuberi", "chrf", "rouge", "math_answer", "rules", "python"]
     code = "import sys; from importlib import import_module as load\n" + "".join(
         f"load('rlhf_cli.rewards.{n}')\n" for n in names
     )
@@ -207,7 +221,7 @@ def test_the_metrics_need_no_torch():
 PARENT = """
 import sys, torch
 from test_pool import *
-scorer = pooled(python(Path(sys.argv[1]), "    print(os.getpid(), flush=True)\\n    while True: pass\\n"), Workers(2, 60.0))
+scorer = pooled(python(Path(sys.argv[1]), "    os.write(1, b'%d\\\\n' % os.getpid())\\n    while True: pass\\n"), Workers(2, 60.0))
 scorer([Sample("p", "a"), Sample("p", "b" * 40)] + [Sample("p", "c")] * 40, torch.arange(42))
 """
 
