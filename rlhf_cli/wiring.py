@@ -13,20 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_cli import gates, stages
-from rlhf_cli.config import build, check_node
+from rlhf_cli.config import build
 from rlhf_cli.data.loading import load
 from rlhf_cli.data.record import Record, as_demonstrations, check_lengths, check_references
 from rlhf_cli.data.text import end_id, render, response_ids
 from rlhf_cli.engine.comm import Comm
 from rlhf_cli.engine.deepspeed import DeepSpeedEngine, Frozen, Setup
 from rlhf_cli.errors import GateError
-from rlhf_cli.hardware import reward_processes
 from rlhf_cli.models import loading, packing
 from rlhf_cli.models.heads import PolicyHead, ScalarHead, inner
 from rlhf_cli.models.lora import add_lora, reference_disabled
 from rlhf_cli.plan import Plan, learner_sections, validate
-from rlhf_cli.rewards.combine import Combined
-from rlhf_cli.rewards.pool import Pooled, Workers
+from rlhf_cli.rewards.make import make_scorer
 from rlhf_cli.rollout.sampler import Decoding, Sampler
 from rlhf_cli.sources.assemble import rows, sample_of
 from rlhf_cli.sources.recorded import Recorded
@@ -318,22 +316,6 @@ def annotations(
 
 
 # -- rewards, updates --------------------------------------------------------------------------------------------------
-
-
-def make_scorer(cfg: Any) -> Combined | None:
-    """The weighted sum of the chosen rewards; those that say so run in worker processes, which all of them share."""
-    workers = Workers(reward_processes(cfg), cfg.reward_workers.timeout)
-    built: dict[str, tuple[float, Scorer]] = {}
-    for name, node in (cfg.reward or {}).items():
-        if not node:
-            continue
-        settings: Any = {"key": f"reward.{name}", "allow": list(cfg.allow_targets), "reserved": ("weight",)}
-        scorer: Any = build(node, **settings)
-        if getattr(scorer, "pooled", False):
-            sig, bound = check_node(node, **settings)
-            scorer = Pooled(name, scorer, (sig.target, bound), workers)
-        built[name] = float(node.get("weight", 1.0)), scorer
-    return Combined(built) if built else None
 
 
 def make_scoring(cfg: Any, scorer: Scorer | None, comm: Comm, checks: gates.Gates, record: Any) -> stages.Stage:
