@@ -58,7 +58,7 @@ def scoring(
                 + (f" ({first})" if first else "")
             )
         if first:
-            note(f"{len(scores.reasons)} of {len(exp)} responses could not be scored; {first}")
+            note(f"{len(scores.reasons)} of {len(exp)} responses lack a score; {first}")
         exp = replace(exp, score=scores.value, components=dict(scores.components))
         exp = exp.rows((~missing).nonzero().flatten()) if missing.any() else exp
         watch(exp.score)

@@ -104,7 +104,7 @@ def test_missing_scores_are_counted_and_their_first_reason_is_told() -> None:
     stages.scoring(Failing([3, 4]), COMM, 0.5, IGNORE, counted.append, notes.append)(experience())
     stages.scoring(Failing(), COMM, 0.5, IGNORE, counted.append, notes.append)(experience())
     assert counted == [{"x/missing": 2.0}, {"x/missing": 0.0}]
-    assert notes == ["2 of 6 responses could not be scored; first: sample '': slow response 3"]
+    assert notes == ["2 of 6 responses lack a score; first: sample '': slow response 3"]
     with pytest.raises(GateError, match=r"^2 of 6 rewards failed.*\(first: sample '': slow response 3\)$"):
         stages.scoring(Failing([3, 4]), COMM, 0.3, IGNORE)(experience())
     second: Any = Ranks(1)

@@ -72,4 +72,4 @@ def by_references(
         if ready is None or ready[0] != references:
             ready = references, prepare(references)
         value = ready[1](sample.response)
-        yield Row(value, reason="its reference cannot be read" if value is None else "")
+        yield Row(value, reason="its references cannot be compared with" if value is None else "")

@@ -14,7 +14,7 @@ from e2e_support import TINY, Done
 pytestmark = pytest.mark.slow
 Rlhf = Callable[..., Done]
 VALUES = "values = [sum(map(ord, r)) % 7 / 7 for r in responses]"
-METRICS = ("reward=[python,bleu,math_answer]", "algo=grpo", "steps=3", "optim.lr=0.001", "checkpoint.every=2")
+METRICS = ("reward=[python,bleu,rouge]", "algo=grpo", "steps=3", "optim.lr=0.001", "checkpoint.every=2")
 
 
 def words(tmp_path: Path, body: str = VALUES) -> list[str]:
