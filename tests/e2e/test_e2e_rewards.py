@@ -40,8 +40,15 @@ def test_workers_change_no_number(rlhf: Rlhf, tmp_path: Path) -> None:
 
 
 def test_a_response_that_hangs_is_left_out_and_told(rlhf: Rlhf, tmp_path: Path) -> None:
-    hang = "time.sleep(60 * (not os.path.exists(__file__ + '.once') and not open(__file__ + '.once', 'w').close())); "
-    more = ("reward.python.sees=sample", "reward_workers.timeout=0.5", "gates.failures=0.5")
+    # Four calls for the evaluation before the first step, so that the sixth is the second response of the first step.
+    hang = "f = open(__file__ + '.calls', 'ab'); f.write(b'.'); f.flush(); time.sleep(60 * (f.tell() == 6)); "
+    more = (
+        "reward.python.sees=sample",
+        "reward_workers.processes=1",
+        "reward_workers.timeout=0.5",
+        "gates.failures=0.5",
+        "eval.prompts=4",
+    )
     done = rlhf("train", *words(tmp_path, hang + VALUES), "run.name=r", *more)
     assert done.code == 0, done.err
     rows = e2e.jsonl(tmp_path / "r" / "metrics.jsonl")

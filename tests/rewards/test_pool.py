@@ -1,5 +1,6 @@
 """Rewards in worker processes: the same numbers, and a sample that hangs or kills loses itself alone."""
 
+import contextlib
 import os
 import random
 import subprocess
@@ -57,6 +58,23 @@ def pooled(node, workers, name="x"):
     return Pooled(name, build(node, name), (sig.target, settings), workers)
 
 
+def running():
+    """The worker processes of this process."""
+    found = set()
+    for p in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # a zombie counts as none
+            found |= {p} if "rlhf_cli.rewards.worker" in " ".join(p.cmdline()) else set()
+    return found
+
+
+def wait_for(look, count):
+    end = time.monotonic() + 30
+    while len(found := look()) != count:
+        assert time.monotonic() < end, f"{len(found)} workers, not {count}"
+        time.sleep(0.01)
+    return found
+
+
 def texts(groups, k, seed=0):
     rng = random.Random(seed)
     samples = []
@@ -95,7 +113,7 @@ def test_early_groups_are_scored_once(tmp_path):
     node = python(
         tmp_path, f"    open({str(log)!r}, 'a').write(responses[0] + '\\n')\n    return [len(responses[0])]\n"
     )
-    scorer = pooled(node, Workers(2, 30.0))
+    scorer = pooled(node, Workers(1, 30.0))
     samples = [Sample("p", "x" * i, uid=f"u{i // 2}") for i in range(1, 7)]
     scorer.begin(samples[1:3])
     scorer.begin(samples[3:5])
@@ -155,14 +173,13 @@ def test_a_group_is_seen_whole_and_lost_whole(tmp_path):
 
 
 def test_a_worker_killed_from_outside_costs_nothing(tmp_path):
-    scorer = pooled(python(tmp_path, "    time.sleep(0.3)\n    return [1] * len(responses)\n"), Workers(1, 30.0))
+    before = running()
+    body = f"    open({str(tmp_path / 'begun')!r}, 'w').close()\n    time.sleep(0.3)\n    return [1] * len(responses)\n"
+    scorer = pooled(python(tmp_path, body), Workers(1, 30.0))
     job = scorer.submit([Sample("p", "a"), Sample("p", "b")], torch.tensor([0, 0]))
-    end = time.monotonic() + 30
-    while not (found := psutil.Process().children()):
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    time.sleep(0.3)
-    found[0].kill()
+    (worker,) = wait_for(lambda: running() - before, 1)
+    wait_for(lambda: list(tmp_path.glob("begun")), 1)
+    worker.kill()
     assert job().value.tolist() == [1, 1]
 
 
@@ -240,14 +257,11 @@ def test_workers_die_with_a_killed_parent_even_while_they_hang(tmp_path):
 
 
 def test_workers_end_with_the_pool():
+    before = running()
     workers = Workers(2, 30.0)
     scorer = pooled(ROUGE, workers)
+    workers.start()
+    mine = wait_for(lambda: running() - before, 2)
     scorer(*texts(4, 8))
-    mine = [p for p in psutil.Process().children() if "rlhf_cli.rewards.worker" in " ".join(p.cmdline())]
-    assert len(mine) >= 1
-    before = len(mine)
     del workers, scorer
-    end = time.monotonic() + 20
-    while sum(p.is_running() and p.status() != "zombie" for p in mine) > before - 1:
-        assert time.monotonic() < end, "workers outlive their pool"
-        time.sleep(0.02)
+    wait_for(lambda: running() & mine, 0)
