@@ -42,6 +42,8 @@ def check_numbers(cfg: Any) -> None:
         ("eval.bootstrap", cfg.eval.bootstrap, 1),
         ("gates.constant_steps", cfg.gates.constant_steps, 1),
         ("hardware.timeout", hw.timeout, 1),
+        ("reward_workers.processes", cfg.reward_workers.processes, -1),
+        ("reward_workers.timeout", cfg.reward_workers.timeout, 0.01),
         ("hardware.processes", hw.processes, 0),
         ("hardware.nodes", hw.nodes, 1),
         ("hardware.threads", hw.threads, 0),

@@ -175,6 +175,14 @@ class RolloutSection:
 
 
 @dataclass
+class RewardWorkersSection:
+    """Processes that score responses while others are still drawn."""
+
+    processes: int = 0  # per rank; 0: half the cores, shared by the ranks, at most 16; -1: none, score in the run's own process without time-outs
+    timeout: float = 30.0  # seconds per response; a worker that takes longer is killed, and the score is missing
+
+
+@dataclass
 class Root:
     """Every key that a configuration may have."""
 
@@ -195,6 +203,7 @@ class Root:
     learners: dict[str, LearnerSection] = field(default_factory=dict)
     source: Any = None  # conf/source
     reward: Any = None  # conf/reward: name -> scorer with a weight
+    reward_workers: RewardWorkersSection = field(default_factory=RewardWorkersSection)
     shaping: Any = None  # conf/shaping: name -> function
     select: Any = None  # conf/select
     credit: Any = None  # conf/credit

@@ -35,6 +35,13 @@ def resolve_hardware(cfg: Any, *, here: bool = True) -> dict[str, Any]:
     }
 
 
+def reward_processes(cfg: Any) -> int:
+    """Worker processes of each rank that score rewards; auto is half the cores, shared by the ranks, 1 to 16."""
+    chosen = cfg.reward_workers.processes
+    ranks = max(1, cfg.hardware.processes)
+    return max(0, chosen) if chosen else min(16, max(1, len(os.sched_getaffinity(0)) // (2 * ranks)))
+
+
 def _gpus() -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:

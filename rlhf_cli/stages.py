@@ -13,7 +13,7 @@ from rlhf_cli.engine.comm import Comm
 from rlhf_cli.errors import GateError
 from rlhf_cli.inject import call
 from rlhf_cli.shaping.place import at_end
-from rlhf_cli.types import Experience, Scorer, Scores, Selection
+from rlhf_cli.types import Experience, Sample, Scorer, Scores, Selection
 
 Stage = Callable[[Experience], Experience]
 
@@ -29,25 +29,48 @@ def keep(exp: Experience) -> Experience:
     return exp
 
 
-def scoring(scorer: Scorer, comm: Comm, max_failures: float, watch: Callable[[Tensor], None]) -> Stage:
+def _ignore(_: Any) -> None:
+    pass
+
+
+def scoring(
+    scorer: Scorer,
+    comm: Comm,
+    max_failures: float,
+    watch: Callable[[Tensor], None],
+    count: Callable[[Mapping[str, float]], None] = _ignore,
+    note: Callable[[str], None] = _ignore,
+) -> Stage:
     """Score whole groups, each on one rank, and drop the rows whose score is missing.
 
-    `max_failures`: largest fraction of missing scores tolerated in a step. `watch` sees the raw scores that are there.
+    `max_failures`: largest fraction of missing scores tolerated in a step. `watch` sees the raw scores that are there,
+    `count` how many each reward lacks, `note` the first reason.
     """
 
     def score(exp: Experience) -> Experience:
         scores = score_sharded(scorer, exp, comm)
         missing = scores.missing if scores.missing is not None else torch.zeros(len(exp), dtype=torch.bool)
+        count({f"{k}/missing": float(x.isnan().sum()) for k, x in scores.components.items() if "/" not in k})
+        first = first_reason(scores, exp.samples)
         if missing.float().mean() > max_failures:
             raise GateError(
                 f"{int(missing.sum())} of {len(exp)} rewards failed; more than reward failures of {max_failures:.0%} stop the run"
+                + (f" ({first})" if first else "")
             )
+        if first:
+            note(f"{len(scores.reasons)} of {len(exp)} responses lack a score; {first}")
         exp = replace(exp, score=scores.value, components=dict(scores.components))
         exp = exp.rows((~missing).nonzero().flatten()) if missing.any() else exp
         watch(exp.score)
         return exp
 
     return score
+
+
+def first_reason(scores: Scores, samples: Sequence[Sample]) -> str:
+    """`first: sample 'uid': why`, or nothing where no reason is known."""
+    row = min(scores.reasons, default=None)
+    return "" if row is None else f"first: sample {samples[row].uid!r}: {scores.reasons[row]}"
 
 
 def score_sharded(scorer: Scorer, exp: Experience, comm: Comm) -> Scores:
@@ -58,6 +81,7 @@ def score_sharded(scorer: Scorer, exp: Experience, comm: Comm) -> Scores:
     gathered = comm.gather((own, part))
     value, missing = torch.zeros(len(exp)), torch.zeros(len(exp), dtype=torch.bool)
     components: dict[str, Tensor] = {}
+    reasons: dict[int, str] = {}
     for rows, scores in gathered:
         if scores is None:
             continue
@@ -68,9 +92,10 @@ def score_sharded(scorer: Scorer, exp: Experience, comm: Comm) -> Scores:
         value[rows] = scores.value.float()
         if scores.missing is not None:
             missing[rows] = scores.missing
+        reasons |= {int(rows[i]): why for i, why in scores.reasons.items()}
         for name, x in scores.components.items():
             components.setdefault(name, torch.full((len(exp),), float("nan")))[rows] = x.float()
-    return Scores(value, missing, components)
+    return Scores(value, missing, components, reasons=reasons)
 
 
 def shuffled(score: Stage, seed: int) -> Stage:

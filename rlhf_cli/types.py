@@ -14,16 +14,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from rlhf_cli.sample import Sample
 
-@dataclass(frozen=True)
-class Sample:
-    """One prompt with one response, as text: what a scorer sees. `uid` names the prompt; rows of a group share it."""
-
-    prompt: str
-    response: str
-    references: tuple[str, ...] = ()
-    meta: Mapping[str, Any] = field(default_factory=dict)
-    uid: str = ""
+__all__ = [
+    "COLUMNS", "OUTPUTS", "Credit", "Engine", "Experience", "Record", "Run", "Sample", "Scorer", "Scores", "Selection", "Source", "Term",
+    "Update", "column",
+]  # fmt: skip
 
 
 def column(shape: str) -> Any:
@@ -107,12 +103,14 @@ class Scores:
     """What a scorer returns. A failed score is *missing*, never 0: its row leaves the group statistics and the loss.
 
     `spans` are character ranges of the response, (row, start, end, value), so a scorer's tokenizer need not be the policy's.
+    `reasons` say why a row is missing, where that is known: row -> text.
     """
 
     value: Tensor  # [N] float32
     missing: Tensor | None = None  # [N] bool
     components: Mapping[str, Tensor] = field(default_factory=dict)
     spans: Sequence[tuple[int, int, int, float]] | None = None
+    reasons: Mapping[int, str] = field(default_factory=dict)
 
 
 class Credit(NamedTuple):

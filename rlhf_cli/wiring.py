@@ -24,7 +24,7 @@ from rlhf_cli.models import fused, loading, packing
 from rlhf_cli.models.heads import PolicyHead, ScalarHead, inner
 from rlhf_cli.models.lora import add_lora, reference_disabled
 from rlhf_cli.plan import Plan, learner_sections, validate
-from rlhf_cli.rewards.combine import Combined
+from rlhf_cli.rewards.make import make_scorer
 from rlhf_cli.rollout.sampler import Decoding, Sampler
 from rlhf_cli.sources.assemble import rows, sample_of
 from rlhf_cli.sources.recorded import Recorded
@@ -58,6 +58,8 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
     tokenizer = loading.load_tokenizer(cfg.model)
     train, heldout = load_records(cfg, plan)
     require_references(scorer, [*train, *heldout])
+    if scorer is not None:
+        scorer.start()
     encoded = encode(train, tokenizer, cfg)
     encoded_heldout = encode(heldout, tokenizer, cfg)
 
@@ -76,8 +78,9 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
     if sampled:
         assert sampler is not None
         source: Any = Sampled(
-            train, encoded, sampler, publish, comm, prompts=cfg.batch.prompts, samples=cfg.batch.samples, seed=cfg.seed
-        )
+            train, encoded, sampler, publish, comm, prompts=cfg.batch.prompts, samples=cfg.batch.samples, seed=cfg.seed,
+            begin=scorer.begin if scorer is not None else None,
+        )  # fmt: skip
     else:
         answers = encode_answers(train, tokenizer, cfg)
         source = Recorded(train, encoded, answers, publish, prompts=cfg.batch.prompts, seed=cfg.seed)
@@ -88,9 +91,7 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
         )
 
     checks = make_gates(cfg, sampler)
-    score = stages.scoring(scorer, comm, cfg.gates.failures, checks.reward) if scorer is not None else stages.keep
-    if cfg.debug.get("shuffled_reward") and scorer is not None:
-        score = stages.shuffled(score, cfg.seed)
+    score = make_scoring(cfg, scorer, comm, checks, record)
     allow = list(cfg.allow_targets)
     run = Run(
         source=source,
@@ -320,15 +321,13 @@ def annotations(
 # -- rewards, updates --------------------------------------------------------------------------------------------------
 
 
-def make_scorer(cfg: Any) -> Combined | None:
-    """The weighted sum of the chosen rewards."""
-    allow = list(cfg.allow_targets)
-    chosen = {k: v for k, v in (cfg.reward or {}).items() if v}
-    built = {
-        k: (float(v.get("weight", 1.0)), build(v, f"reward.{k}", allow=allow, reserved=("weight",)))
-        for k, v in chosen.items()
-    }
-    return Combined(built) if built else None
+def make_scoring(cfg: Any, scorer: Scorer | None, comm: Comm, checks: gates.Gates, record: Any) -> stages.Stage:
+    """The stage that scores a step."""
+    if scorer is None:
+        return stages.keep
+    count = partial(record.count, under="component")
+    score = stages.scoring(scorer, comm, cfg.gates.failures, checks.reward, count, record.note)
+    return stages.shuffled(score, cfg.seed) if cfg.debug.get("shuffled_reward") else score
 
 
 def make_update(cfg: Any, learner: str, starts_at: int) -> Update:

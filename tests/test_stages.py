@@ -91,6 +91,31 @@ def test_too_many_missing_scores_stop_the_run() -> None:
     assert len(stages.scoring(Numbered(failed=[1, 2]), COMM, 0.34, IGNORE)(experience())) == 4
 
 
+def test_missing_scores_are_counted_and_their_first_reason_is_told() -> None:
+    class Failing(Numbered):
+        def __call__(self, samples: Sequence[Sample], group: Tensor) -> Scores:
+            found = super().__call__(samples, group)
+            value = found.value.masked_fill(found.missing, float("nan"))
+            reasons = {i: f"slow {samples[i].response}" for i in found.missing.nonzero().flatten().tolist()}
+            return Scores(value, found.missing, {"x": value, "x/part": value}, reasons=reasons)
+
+    counted: list[Mapping[str, float]] = []
+    notes: list[str] = []
+    stages.scoring(Failing([3, 4]), COMM, 0.5, IGNORE, counted.append, notes.append)(experience())
+    stages.scoring(Failing(), COMM, 0.5, IGNORE, counted.append, notes.append)(experience())
+    assert counted == [{"x/missing": 2.0}, {"x/missing": 0.0}]
+    assert notes == ["2 of 6 responses lack a score; first: sample '': slow response 3"]
+    with pytest.raises(GateError, match=r"^2 of 6 rewards failed.*\(first: sample '': slow response 3\)$"):
+        stages.scoring(Failing([3, 4]), COMM, 0.3, IGNORE)(experience())
+    second: Any = Ranks(1)
+    stages.score_sharded(Failing([3]), experience(), second)  # its rows 0 and 1 are rows 2 and 3 of the step
+    first: Any = Ranks(0, {1: second.sent})
+    assert stages.score_sharded(Failing([4]), experience(), first).reasons == {
+        3: "slow response 3",
+        4: "slow response 4",
+    }
+
+
 def test_shuffled_deals_the_same_scores_to_other_rows() -> None:
     def at(version: int, seed: int = 0) -> list[float]:
         exp = experience(version=torch.full((N,), version))

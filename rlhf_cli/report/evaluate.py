@@ -14,7 +14,7 @@ from rlhf_cli.data.record import Record
 from rlhf_cli.engine.comm import Comm
 from rlhf_cli.rollout.sampler import Decoding, Sampler
 from rlhf_cli.sources.assemble import sample_of, texts_of
-from rlhf_cli.sources.sampled import draw, row_seed
+from rlhf_cli.sources.sampled import draw, early, row_seed
 from rlhf_cli.stages import score_sharded
 from rlhf_cli.types import Experience, Scorer
 
@@ -84,7 +84,7 @@ def generate_and_score(
 ) -> list[Row]:
     """`k` responses to every record and their scores: one row each, on every rank."""
     seeds = [row_seed(seed, -1, p, j) for p in range(len(records)) for j in range(k)]
-    drawn = draw(sampler, encoded, k, seeds, comm, decoding)
+    drawn = draw(sampler, encoded, k, seeds, comm, decoding, early(getattr(scorer, "begin", None), sampler, records))
     texts = texts_of(sampler, drawn.ids)
     owner = [(i, j) for i in range(len(records)) for j in range(k)]
     samples = tuple(sample_of(records[i], t) for (i, _), t in zip(owner, texts, strict=True))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal
-
-from torch import Tensor
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Literal
 
 from rlhf_cli.errors import ConfigError
-from rlhf_cli.rewards.per_sample import by_references, scored
-from rlhf_cli.types import Sample, Scores
+from rlhf_cli.rewards.per_sample import Row, by_references, scored
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf_cli.sample import Sample
+    from rlhf_cli.types import Scores
 
 
 class Bleu:
@@ -21,6 +24,7 @@ class Bleu:
     """
 
     needs_references = True
+    pooled = True
 
     def __init__(
         self,
@@ -46,7 +50,11 @@ class Bleu:
         self.effective_order, self.tokenize, self.lowercase = effective_order, tokenize, lowercase
 
     def __call__(self, samples: Sequence[Sample], group: Tensor) -> Scores:
-        return scored(by_references(samples, self._prepare))
+        return scored(self.rows(samples))
+
+    def rows(self, samples: Sequence[Sample]) -> Iterator[Row]:
+        """One score per response, in order."""
+        return by_references(samples, self._prepare)
 
     def _prepare(self, references: tuple[str, ...]) -> Callable[[str], float]:
         from sacrebleu.metrics.bleu import BLEU

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+from rlhf_cli.rewards.per_sample import Row, by_references, scored
 
-from rlhf_cli.rewards.per_sample import by_references, scored
-from rlhf_cli.types import Sample, Scores
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf_cli.sample import Sample
+    from rlhf_cli.types import Scores
 
 ORDERS = (1, 2, 3, 4)
 
@@ -25,6 +29,7 @@ class Bleuberi:
     """
 
     needs_references = True
+    pooled = True
 
     def __init__(self, *, answer_tag: bool) -> None:
         """Args:
@@ -36,7 +41,11 @@ class Bleuberi:
         self.tokens = Tokenizer13a()
 
     def __call__(self, samples: Sequence[Sample], group: Tensor) -> Scores:
-        return scored(by_references(samples, self._prepare))
+        return scored(self.rows(samples))
+
+    def rows(self, samples: Sequence[Sample]) -> Iterator[Row]:
+        """One score per response, in order."""
+        return by_references(samples, self._prepare)
 
     def _prepare(self, references: tuple[str, ...]) -> Callable[[str], float]:
         texts = [self.tokens(r).split() for r in references]

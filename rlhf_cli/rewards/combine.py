@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_cli.errors import GateError
+from rlhf_cli.rewards.pool import Pooled
 from rlhf_cli.types import Sample, Scorer, Scores
 
 
@@ -17,7 +18,8 @@ class Combined:
 
     A row is missing where any scorer with a weight other than 0 is missing; a scorer of weight 0 is only logged.
     Missing values are NaN, so that nobody reads them by accident. Components hold each scorer's raw value under its
-    name and its own parts as `name/part`. `seconds` holds the time that each scorer took in the last call.
+    name and its own parts as `name/part`. `seconds` holds the time that each scorer took in the last call, summed over
+    processes. Pooled scorers work while the others do.
     """
 
     def __init__(self, scorers: Mapping[str, tuple[float, Scorer]]) -> None:
@@ -31,11 +33,13 @@ class Combined:
         components: dict[str, Tensor] = {}
         spans: list[tuple[int, int, int, float]] = []
         self.seconds = {}
-        for name, (weight, scorer) in self.scorers.items():
-            start = time.perf_counter()
-            scores = scorer(samples, group)
-            self.seconds[name] = time.perf_counter() - start
+        reasons: dict[int, str] = {}
+        found = self._all(samples, group)
+        for name, (weight, _) in self.scorers.items():
+            scores = found[name]
             raw = _checked(name, scores, samples)
+            for row, why in scores.reasons.items():
+                reasons.setdefault(row, f"{name}: {why}")
             components[name] = raw
             components |= {
                 f"{name}/{part}": _column(f"{name}/{part}", x, samples) for part, x in scores.components.items()
@@ -44,7 +48,34 @@ class Combined:
                 value += weight * raw
                 missing |= raw.isnan()
                 spans += [(row, a, b, weight * x) for row, a, b, x in scores.spans or ()]
-        return Scores(value, missing, components, spans or None)
+        return Scores(value, missing, components, spans or None, reasons)
+
+    def start(self) -> None:
+        """Start the workers of pooled scorers ahead of their first sample."""
+        for pool in self._pooled().values():
+            pool.workers.start()
+
+    def begin(self, samples: Sequence[Sample]) -> None:
+        """A group is complete: pooled scorers may start on it. A later call with these samples uses what they found."""
+        for pool in self._pooled().values():
+            pool.begin(samples)
+
+    def _pooled(self) -> dict[str, Pooled]:
+        return {name: s for name, (_, s) in self.scorers.items() if isinstance(s, Pooled)}
+
+    def _all(self, samples: Sequence[Sample], group: Tensor) -> dict[str, Scores]:
+        pooled = self._pooled()
+        waits = {name: s.submit(samples, group) for name, s in pooled.items()}
+        found: dict[str, Scores] = {}
+        for name, (_, scorer) in self.scorers.items():
+            if name not in pooled:
+                start = time.perf_counter()
+                found[name] = scorer(samples, group)
+                self.seconds[name] = time.perf_counter() - start
+        for name, wait in waits.items():
+            found[name] = wait()
+            self.seconds[name] = pooled[name].seconds
+        return found
 
 
 def _checked(name: str, scores: Scores, samples: Sequence[Sample]) -> Tensor:

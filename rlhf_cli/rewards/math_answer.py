@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
-from typing import Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from rlhf_cli.errors import ConfigError
-from rlhf_cli.rewards.per_sample import by_references, column, references_of, scored
-from rlhf_cli.types import Sample, Scores
+from rlhf_cli.rewards.per_sample import Row, by_references, references_of, scored
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf_cli.sample import Sample
+    from rlhf_cli.types import Scores
 
 Extract = Literal["any", "marked"]
 
@@ -21,11 +24,12 @@ class MathAnswer:
 
     The final number is the one after the last `####`, else in the last `\\boxed{}`, else (extract=any) the last number
     of the text; references are read with extract=any. Commas, currency and percent signs are dropped; 0.75, 3/4 and
-    \\frac{3}{4} are equal. Component `found`: 1 where the response has a final number. Any thread may call it.
+    \\frac{3}{4} are equal. Component `found`: 1 where the response has a final number.
     See Cobbe et al., Training Verifiers to Solve Math Word Problems, arXiv:2110.14168.
     """
 
     needs_references = True
+    pooled = True
 
     def __init__(self, *, extract: Literal["any", "marked"], tolerance: float) -> None:
         """Args:
@@ -40,11 +44,13 @@ class MathAnswer:
         self.tolerance = Fraction(tolerance)
 
     def __call__(self, samples: Sequence[Sample], group: Tensor) -> Scores:
-        scores = scored(by_references(samples, self._prepare))
-        found = [
-            float(final_number(s.response, self.extract) is not None) if references_of(s) else None for s in samples
-        ]
-        return Scores(scores.value, scores.missing, {"found": column(found)})
+        return scored(self.rows(samples))
+
+    def rows(self, samples: Sequence[Sample]) -> Iterator[Row]:
+        """One score per response, in order, each with its part `found`."""
+        for sample, row in zip(samples, by_references(samples, self._prepare), strict=True):
+            found = float(final_number(sample.response, self.extract) is not None) if references_of(sample) else None
+            yield row._replace(parts={"found": found})
 
     def _prepare(self, references: tuple[str, ...]) -> Callable[[str], float | None]:
         golds = [g for r in references if (g := final_number(r, "any")) is not None]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlhf_cli.data.text import render, response_ids
 from rlhf_cli.errors import ConfigError
-from rlhf_cli.rewards.per_sample import scored
+from rlhf_cli.rewards.per_sample import Row, scored
 from rlhf_cli.types import Sample, Scores
 
 
@@ -75,7 +75,7 @@ class Model:
             rows = usable[start : start + self.batch_size]
             for i, value in zip(rows, self._forward([ids[i] for i in rows]), strict=True):
                 values[i] = value
-        return scored(values)
+        return scored(Row(v, reason=f"it is longer than {self.max_tokens} tokens" if v is None else "") for v in values)
 
     def _forward(self, rows: Sequence[list[int]]) -> list[float]:
         lengths = torch.tensor([len(r) for r in rows])

@@ -8,16 +8,19 @@ import inspect
 import math
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_cli.errors import ConfigError, GateError
-from rlhf_cli.rewards.per_sample import scored
-from rlhf_cli.types import Sample, Scores
+from rlhf_cli.rewards.per_sample import Row, groups_of, scored
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf_cli.sample import Sample
+    from rlhf_cli.types import Scores
 
 COLUMNS: dict[str, Callable[[Sample], Any]] = {
     "prompts": lambda s: s.prompt,
@@ -34,36 +37,57 @@ class Python:
 
     The function gets lists, one entry per response, by the names of its parameters: any of prompts, responses,
     references, meta, samples. It returns a list of numbers, where None means "cannot be scored", or a dict of such
-    lists: `value` (or `reward`) is the reward, every other key is logged beside it.
+    lists: `value` (or `reward`) is the reward, every other key is logged beside it. Responses for which it raises, or
+    returns NaN or infinity, are missing; a wrong count or type is an error.
     """
 
     path_is = "FILE:FUNCTION"
 
-    def __init__(self, *, path: str) -> None:
+    def __init__(self, *, path: str, sees: Literal["group", "sample"], workers: bool) -> None:
         """Args:
         path: the function, as FILE.py:FUNCTION or MODULE:FUNCTION
+        sees: group (a call gets all responses to one prompt) or sample (a call gets one response, so that a failure or
+            time-out loses one response and not its group)
+        workers: call it in worker processes, which a time-out can kill; off, in the run's own process, as for a
+            function that holds a large model
         """
         if not path:
             raise ConfigError("reward.python.path is empty; type reward.python.path=FILE.py:FUNCTION")
-        self.path = path
+        self.path, self.sees, self.pooled = path, sees, workers
+        self.whole_groups = sees == "group"
         self.function, self.file = load_function(path)
         self.takes = _parameters(self.function, path)
 
     def __call__(self, samples: Sequence[Sample], group: Tensor) -> Scores:
+        rows: dict[int, Row] = {}
+        for members in groups_of(group.tolist()):
+            rows |= zip(members, self.rows([samples[i] for i in members]), strict=True)
+        return scored(rows[i] for i in range(len(samples)))
+
+    def rows(self, samples: Sequence[Sample]) -> Iterator[Row]:
+        """One score per response, in order; `samples` are one whole group where the function sees groups."""
+        for seen in [samples] if self.whole_groups else [[s] for s in samples]:
+            yield from self._call(seen)
+
+    def _call(self, samples: Sequence[Sample]) -> Iterable[Row]:
         columns = {name: [COLUMNS[name](s) for s in samples] for name in self.takes}
         try:
             returned = self.function(**columns)
         except Exception as e:  # the user's code may raise anything
-            raise GateError(
-                f"reward {self.path!r} raised {_where(e, self.file)} (all {len(samples)} samples are lost; "
-                "return None for a response that cannot be scored)"
-            ) from e
+            return [Row(None, reason=f"{self.path!r} raised {_where(e, self.file)}")] * len(samples)
         parts = returned if isinstance(returned, Mapping) else {"value": returned}
         main = next((k for k in VALUE_KEYS if k in parts), None)
         if main is None:
             raise GateError(f"reward {self.path!r} returned a dict with the keys {list(parts)}; one must be 'value'")
         lists = {str(k): self._numbers(v, str(k), samples) for k, v in parts.items()}
-        return scored(lists.pop(main), lists)
+        values = lists.pop(main)
+        return [self._row(v, {k: x[i] for k, x in lists.items()}) for i, v in enumerate(values)]
+
+    def _row(self, value: float | None, parts: Mapping[str, float | None]) -> Row:
+        usable = {k: x if x is not None and math.isfinite(x) else None for k, x in parts.items()}
+        if value is None or not math.isfinite(value):
+            return Row(None, usable, f"{self.path!r} returned {value}")
+        return Row(value, usable)
 
     def _numbers(self, returned: Any, key: str, samples: Sequence[Sample]) -> list[float | None]:
         who = f"reward {self.path!r}" + ("" if key in VALUE_KEYS else f" ({key})")
@@ -134,8 +158,6 @@ def _number(value: Any, who: str, uid: str) -> float | None:
     value = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
     if not isinstance(value, int | float):
         raise GateError(f"{who} returned {_show(value)} for sample {uid!r}; a value must be a number or None")
-    if not math.isfinite(value):
-        raise GateError(f"{who} returned {value} for sample {uid!r}; return None for a response that cannot be scored")
     return float(value)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_cli.rewards.combine import Combined
+from rlhf_cli.stages import first_reason
 from rlhf_cli.types import Sample
 
 LENGTH_LIMIT = 0.5
@@ -66,6 +67,8 @@ def report(samples: Sequence[Sample], group: Tensor, combined: Combined, pairs: 
         if r.milliseconds is not None or r.name == TOTAL
         for note in _notes(r, len(samples), comparable)
     ]
+    first = first_reason(scores, samples)
+    notes += [f"not scored, {first}"] if first else []
     return ScoreReport(
         len(samples), len(members), comparable, len(pairs), rows, (*notes, *_text_notes(samples, members))
     )

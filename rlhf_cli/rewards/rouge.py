@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor
+from rlhf_cli.rewards.per_sample import Row, by_references, scored
 
-from rlhf_cli.rewards.per_sample import by_references, scored
-from rlhf_cli.types import Sample, Scores
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf_cli.sample import Sample
+    from rlhf_cli.types import Scores
 
 
 class Rouge:
@@ -20,6 +23,7 @@ class Rouge:
     """
 
     needs_references = True
+    pooled = True
 
     def __init__(self, *, variant: Literal["rouge1", "rouge2", "rougeL", "rougeLsum"], stemmer: bool) -> None:
         """Args:
@@ -29,12 +33,16 @@ class Rouge:
         self.variant, self.stemmer = variant, stemmer
 
     def __call__(self, samples: Sequence[Sample], group: Tensor) -> Scores:
+        return scored(self.rows(samples))
+
+    def rows(self, samples: Sequence[Sample]) -> Iterator[Row]:
+        """One score per response, in order."""
         from rouge_score.tokenizers import DefaultTokenizer
 
         tokenizer = DefaultTokenizer(self.stemmer)
         if self.variant == "rougeL":
-            return scored(by_references(samples, lambda references: _rouge_l(tokenizer, references)))
-        return scored(by_references(samples, lambda references: _library(tokenizer, self.variant, references)))
+            return by_references(samples, lambda references: _rouge_l(tokenizer, references))
+        return by_references(samples, lambda references: _library(tokenizer, self.variant, references))
 
 
 class _Remember:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Callable, Sequence
-from typing import Literal
-
-from torch import Tensor
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Literal
 
 from rlhf_cli.errors import ConfigError
-from rlhf_cli.rewards.per_sample import by_references, scored
-from rlhf_cli.types import Sample, Scores
+from rlhf_cli.rewards.per_sample import Row, by_references, scored
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf_cli.sample import Sample
+    from rlhf_cli.types import Scores
 
 
 class Length:
@@ -31,11 +34,13 @@ class Length:
 
     def __call__(self, samples: Sequence[Sample], group: Tensor) -> Scores:
         lengths = [len(s.response.split() if self.unit == "words" else s.response) for s in samples]
-        return scored([1 - min(max(abs(n - self.target) - self.slack, 0) / self.target, 1) for n in lengths])
+        return scored(Row(1 - min(max(abs(n - self.target) - self.slack, 0) / self.target, 1)) for n in lengths)
 
 
 class Regex:
     """1 where the pattern matches the response, else 0. A pattern with nested repeats can take exponential time."""
+
+    pooled = True  # for the time-out
 
     def __init__(
         self, *, pattern: str, mode: Literal["fullmatch", "search"], ignore_case: bool, dotall: bool, multiline: bool
@@ -60,7 +65,11 @@ class Regex:
         self.match = compiled.fullmatch if mode == "fullmatch" else compiled.search
 
     def __call__(self, samples: Sequence[Sample], group: Tensor) -> Scores:
-        return scored([1.0 if self.match(s.response) else 0.0 for s in samples])
+        return scored(self.rows(samples))
+
+    def rows(self, samples: Sequence[Sample]) -> Iterator[Row]:
+        """One score per response, in order."""
+        return (Row(1.0 if self.match(s.response) else 0.0) for s in samples)
 
 
 class ExactMatch:

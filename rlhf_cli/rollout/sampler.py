@@ -9,7 +9,7 @@ share its batch, their order, or the process that draws them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,11 +88,17 @@ class Sampler:
 
     @torch.no_grad()
     def sample(
-        self, prompts: Sequence[Sequence[int]], k: int, seeds: Sequence[int], decoding: Decoding | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        k: int,
+        seeds: Sequence[int],
+        decoding: Decoding | None = None,
+        done: Callable[[int, list[list[int]]], None] | None = None,
     ) -> Rollout:
         """Draw k responses to each prompt (token ids, not empty).
 
         `seeds`: one number in [0, 2^63) per response, prompt by prompt; equal seeds draw equal tokens.
+        `done` gets each prompt's index and its k responses when the last of them is complete, while others are drawn.
         """
         decoding = decoding or self.decoding
         assert len(seeds) == len(prompts) * k, f"{len(seeds)} seeds for {len(prompts)} prompts x {k}"
@@ -100,6 +106,7 @@ class Sampler:
         check_context(self.model.config, prompts, decoding.max_tokens)
         slots = rows_at_a_time(self.model, self.device, decoding.rows, longest, decoding.wave)
         rows = [_Row(i // k, _uniforms(seed, decoding.max_tokens)) for i, seed in enumerate(seeds)]
+        open_rows = [k] * len(prompts)
         board = Board(slots, longest)
         batch = _Batch(prompts, decoding, rows, board, slot_cache(board), [-1] * slots, [0] * slots, [0] * slots)
         training = self.model.training
@@ -109,7 +116,11 @@ class Sampler:
             with attending(self.model.config):
                 while batch.busy():
                     self._start(batch)
-                    self._step(batch)
+                    ended = self._step(batch)
+                    for p in ended if done is not None else ():
+                        open_rows[p] -= 1
+                        if not open_rows[p]:
+                            done(p, [r.ids for r in rows[p * k : p * k + k]])
         finally:
             if training:
                 self.model.train()
@@ -155,8 +166,8 @@ class Sampler:
                     n = len(batch.prompts[p]) - 1
                     batch.read[p] = [(layer.keys[i, :, :n], layer.values[i, :, :n]) for layer in cache.layers]
 
-    def _step(self, batch: _Batch) -> None:
-        """One token for every busy slot."""
+    def _step(self, batch: _Batch) -> list[int]:
+        """One token for every busy slot. Returns the prompt of every row that ended."""
         busy = [(slot, batch.rows[r]) for slot, r in enumerate(batch.slot_row) if r >= 0]
         uniform = torch.full((len(batch.token),), 0.5, dtype=torch.float64)
         for slot, row in busy:
@@ -167,6 +178,7 @@ class Sampler:
             logits[torch.tensor(early)[:, None], torch.tensor(self.eos)] = float("-inf")
         token, logp = choose(logits, uniform.to(self.device), batch.decoding)
         tokens, logps = token.tolist(), logp.tolist()
+        ended: list[int] = []
         for slot, row in busy:
             if not math.isfinite(logps[slot]):
                 raise GateError(f"sampler: prompt {row.prompt}: the model's logits are not finite; lower optim.lr")
@@ -177,6 +189,8 @@ class Sampler:
             batch.place[slot] += 1
             if row.complete or len(row.ids) == batch.decoding.max_tokens:
                 batch.slot_row[slot], batch.token[slot], batch.place[slot] = -1, 0, 0
+                ended.append(row.prompt)
+        return ended
 
     def _forward(self, batch: _Batch) -> Tensor:
         """Logits [slots, V] after the tokens at hand."""

@@ -12,7 +12,9 @@ from rlhf_cli.data.record import Record
 from rlhf_cli.engine.comm import Comm
 from rlhf_cli.rollout.sampler import Decoding, Sampler
 from rlhf_cli.sources.assemble import Order, align, rows, sample_of, texts_of
-from rlhf_cli.types import Experience
+from rlhf_cli.types import Experience, Sample
+
+Done = Callable[[int, list[list[int]]], None]
 
 
 def row_seed(*parts: int) -> int:
@@ -33,6 +35,7 @@ class Sampled:
         prompts: prompts per step.
         samples: responses per prompt.
         seed: of the order and of every row.
+        begin: gets the samples of each group that this rank has drawn, at once, while it draws others.
     """
 
     def __init__(
@@ -46,17 +49,19 @@ class Sampled:
         prompts: int,
         samples: int,
         seed: int,
+        begin: Callable[[Sequence[Sample]], None] | None = None,
     ) -> None:
         self.records, self.encoded, self.sampler, self.comm = records, encoded, sampler, comm
         self.prompts, self.samples, self.seed = prompts, samples, seed
-        self._publish = publish
+        self._publish, self._begin = publish, begin
         self._order = Order(len(records), seed)
         self.version = 0
 
     def __next__(self) -> Experience:
         chosen = self._order.take(self.prompts)
         seeds = [row_seed(self.seed, self.version, p, k) for p in range(self.prompts) for k in range(self.samples)]
-        drawn = draw(self.sampler, [self.encoded[i] for i in chosen], self.samples, seeds, self.comm)
+        done = early(self._begin, self.sampler, [self.records[i] for i in chosen])
+        drawn = draw(self.sampler, [self.encoded[i] for i in chosen], self.samples, seeds, self.comm, done=done)
         return self._experience(chosen, drawn)
 
     def _experience(self, chosen: Sequence[int], drawn: Drawn) -> Experience:
@@ -94,6 +99,13 @@ class Drawn(NamedTuple):
     truncated: list[bool]
 
 
+def early(begin: Callable[[Sequence[Sample]], None] | None, sampler: Sampler, records: Sequence[Record]) -> Done | None:
+    """A `done` of `draw` that hands each group's samples to `begin`."""
+    if begin is None:
+        return None
+    return lambda p, ids: begin([sample_of(records[p], text) for text in texts_of(sampler, ids)])
+
+
 def draw(
     sampler: Sampler,
     prompts: Sequence[Sequence[int]],
@@ -101,13 +113,21 @@ def draw(
     seeds: Sequence[int],
     comm: Comm,
     decoding: Decoding | None = None,
+    done: Done | None = None,
 ) -> Drawn:
-    """`k` responses to each prompt: ranks draw whole groups in turn, and every rank gets all of them in order."""
+    """`k` responses to each prompt: ranks draw whole groups in turn, and every rank gets all of them in order.
+
+    `done` gets each prompt's index and its responses as soon as they are complete, on the rank that draws them.
+    """
     mine = range(comm.rank, len(prompts), comm.world)
     own: list[tuple[list[int], list[float], bool]] = []
     if len(mine):
         drawn = sampler.sample(
-            [prompts[i] for i in mine], k, [seeds[i * k + j] for i in mine for j in range(k)], decoding
+            [prompts[i] for i in mine],
+            k,
+            [seeds[i * k + j] for i in mine for j in range(k)],
+            decoding,
+            done and (lambda p, ids: done(mine[p], ids)),
         )
         logp = drawn.logp.tolist()
         own = [

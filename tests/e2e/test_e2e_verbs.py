@@ -138,11 +138,21 @@ def test_two_processes_train_as_one(tmp_path: Path, rlhf: Rlhf) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("error", "code"), [("raise RuntimeError('boom on one')", 3), ("os.kill(os.getpid(), 9)", 2)])
+@pytest.mark.parametrize(
+    ("error", "code"), [("values = ['boom on one'] * len(responses)", 3), ("os.kill(os.getpid(), 9)", 2)]
+)
 def test_one_failing_rank_stops_the_other(error: str, code: int, tmp_path: Path) -> None:
     body = f"values = [1.0] * len(responses)\n    if os.environ['RANK'] == '1' and os.path.exists('{tmp_path}/r/samples.jsonl'):\n        {error}"
     reward = e2e.python_reward(tmp_path / "mine.py", body)
-    words = ("reward=python", reward, "hardware.processes=2", "steps=50", f"run.dir={tmp_path}", "run.name=r")
+    words = (
+        "reward=python",
+        reward,
+        "reward.python.workers=false",
+        "hardware.processes=2",
+        "steps=50",
+        f"run.dir={tmp_path}",
+        "run.name=r",
+    )
     done = e2e.shell("train", *TINY, *words, timeout=60)
     assert done.code == code, done.out + done.err
     assert done.err.startswith("rlhf: error: ") and done.err.count("\n") == 1, done.err

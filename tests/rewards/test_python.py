@@ -10,13 +10,13 @@ from rlhf_cli.rewards.python import Python
 from rlhf_cli.types import Sample
 
 SAMPLES = [Sample("p1", "aa", ("r",), {"k": 1}, "u1"), Sample("p2", "b", (), {}, "u2")]
-GROUP = torch.tensor([0, 1])
+GROUP = torch.tensor([0, 0])
 
 
-def scorer(tmp_path, body, name="score"):
+def scorer(tmp_path, body, name="score", sees="group"):
     file = tmp_path / "my_rewards.py"
     file.write_text(body)
-    return Python(path=f"{file}:{name}")
+    return Python(path=f"{file}:{name}", sees=sees, workers=False)
 
 
 def test_gets_the_columns_that_it_names(tmp_path):
@@ -56,15 +56,13 @@ def test_by_module_and_with_a_neighbour(tmp_path, monkeypatch):
     body = "from neighbour_of_rewards import VALUE\ndef score(responses):\n    return [VALUE] * len(responses)\n"
     assert scorer(tmp_path, body)(SAMPLES, GROUP).value.tolist() == [7, 7]
     monkeypatch.syspath_prepend(tmp_path)
-    assert Python(path="my_rewards:score")(SAMPLES, GROUP).value.tolist() == [7, 7]
+    assert Python(path="my_rewards:score", sees="group", workers=False)(SAMPLES, GROUP).value.tolist() == [7, 7]
 
 
 @pytest.mark.parametrize(
     "returns, message",
     [
         ("[1.0]", r"my_rewards\.py:score' returned 1 values for 2 samples"),
-        ("[1, float('nan')]", r"score' returned nan for sample 'u2'; return None for a response that cannot be scored"),
-        ("[float('inf'), 1]", r"score' returned inf for sample 'u1'"),
         ("['1', 2]", r"score' returned '1' \(str\) for sample 'u1'; a value must be a number or None"),
         ("0.5", r"score' returned 0\.5 \(float\); it must return a list with one number per response"),
         ("None", r"score' returned None \(NoneType\); it must return a list"),
@@ -79,11 +77,28 @@ def test_wrong_returns_stop_and_say_what_came_back(tmp_path, returns, message):
     assert "\n" not in str(e.value)
 
 
-def test_an_exception_names_the_users_line(tmp_path):
-    body = "import json\n\ndef score(responses):\n    return [json.loads(r) for r in responses]\n"
-    with pytest.raises(GateError, match=r"my_rewards\.py:4: JSONDecodeError: Expecting value.*all 2 samples") as e:
-        scorer(tmp_path, body)(SAMPLES, GROUP)
-    assert "\n" not in str(e.value)
+@pytest.mark.parametrize("sees, lost", [("group", [True, True]), ("sample", [True, False])])
+def test_an_exception_loses_what_the_call_saw_and_names_the_users_line(tmp_path, sees, lost):
+    body = "import json\n\ndef score(responses):\n    return [json.loads(r.replace('b', '7')) for r in responses]\n"
+    got = scorer(tmp_path, body, sees=sees)(SAMPLES, GROUP)
+    assert got.missing.tolist() == lost and got.value.isnan().tolist() == lost
+    assert "my_rewards.py:4: JSONDecodeError: Expecting value" in got.reasons[0] and "\n" not in got.reasons[0]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_number_that_is_none_is_missing(tmp_path, value):
+    body = f"def score(responses):\n    return {{'value': [float('{value}'), 1], 'style': [2, float('{value}')]}}\n"
+    got = scorer(tmp_path, body)(SAMPLES, GROUP)
+    assert got.missing.tolist() == [True, False] and got.value[1] == 1
+    assert got.components["style"][0] == 2 and math.isnan(got.components["style"][1])
+    assert got.reasons[0].endswith(f"my_rewards.py:score' returned {value}")
+
+
+@pytest.mark.parametrize("sees, value", [("group", [2, 1, 2]), ("sample", [1, 1, 1])])
+def test_a_call_sees_one_group_or_one_sample(tmp_path, sees, value):
+    body = "def score(responses):\n    return [len(responses)] * len(responses)\n"
+    samples = [*SAMPLES, Sample("p1", "c", uid="u1")]
+    assert scorer(tmp_path, body, sees=sees)(samples, torch.tensor([5, 2, 5])).value.tolist() == value
 
 
 @pytest.mark.parametrize(
@@ -121,4 +136,4 @@ def test_a_bad_file_is_refused_before_training(tmp_path, body, message):
 )
 def test_a_bad_path_is_refused(path, message):
     with pytest.raises(ConfigError, match=message):
-        Python(path=path)
+        Python(path=path, sees="group", workers=True)

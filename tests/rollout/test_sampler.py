@@ -377,3 +377,28 @@ def test_rows_by_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     # 100 tokens: 2 (keys, values) x 2 layers x 2 heads x 16 x 4 bytes x 100 = 51200, logits 16 x 259, together 55344.
     monkeypatch.setattr(limits, "_memory", lambda device: 5 * 55344 * 9)
     assert rows_at_a_time(model, cpu, 0, 100) == 8
+
+
+def test_groups_are_told_when_their_last_row_ends() -> None:
+    """With the rows that the call returns at its end."""
+    s = sampler(llama(), max_tokens=8, rows=3)
+    told: list[tuple[int, list[list[int]]]] = []
+    steps: list[int] = []  # decoding steps made when a group was told
+    count = 0
+    forward = s._forward
+
+    def counted(batch: Any) -> Tensor:
+        nonlocal count
+        count += 1
+        return forward(batch)
+
+    def done(p: int, ids: list[list[int]]) -> None:
+        told.append((p, [list(x) for x in ids]))
+        steps.append(count)
+
+    s._forward = counted  # type: ignore[method-assign]
+    out = s.sample(PROMPTS, 3, seeds(len(PROMPTS) * 3), done=done)
+    assert sorted(p for p, _ in told) == list(range(len(PROMPTS))), "each group once"
+    assert steps[0] < steps[-1] == count, "the first while others are drawn"
+    for p, ids in told:
+        assert ids == out.ids[3 * p : 3 * p + 3]

@@ -11,6 +11,7 @@ from rlhf_cli.models.tiny import tiny_causal, tiny_tokenizer
 from rlhf_cli.rollout.sampler import Decoding, Sampler
 from rlhf_cli.sources.assemble import texts_of
 from rlhf_cli.sources.sampled import Sampled, draw, row_seed
+from rlhf_cli.types import Sample
 
 PROMPTS = ["What is it?", "Why", "A longer prompt than the others", "hm"]
 RECORDS = [Record(({"role": "user", "content": p},), p, uid=str(i)) for i, p in enumerate(PROMPTS)]
@@ -101,3 +102,12 @@ def test_row_seeds_differ_and_fit() -> None:
     seeds = {row_seed(s, v, p, k) for s in range(3) for v in range(-1, 3) for p in range(5) for k in range(5)}
     assert len(seeds) == 300 and all(0 <= s < 2**63 for s in seeds)
     assert row_seed(1, 2) == row_seed(1, 2)
+
+
+def test_groups_are_handed_on_as_they_are_drawn(sampler: Sampler) -> None:
+    begun: list[list[Sample]] = []
+    s = Sampled(RECORDS, ENCODED, sampler, lambda: None, COMM, prompts=3, samples=2, seed=0, begin=begun.append)
+    exp, plain = next(s), next(source(sampler))
+    groups = [list(exp.samples[i : i + 2]) for i in (0, 2, 4)]
+    assert sorted(begun, key=groups.index) == groups
+    assert exp.samples == plain.samples and torch.equal(exp.behavior_logp, plain.behavior_logp)
