@@ -7,6 +7,7 @@ from typing import Any
 
 from rlhf_cli.config import nearest
 from rlhf_cli.errors import ConfigError
+from rlhf_cli.rollout.backends import BACKENDS, require
 
 SWITCHES = ("shuffled_reward",)  # of `debug`
 
@@ -37,6 +38,9 @@ def check_numbers(cfg: Any) -> None:
         ("eval.prompts", cfg.eval.prompts, 0),
         ("eval.bootstrap", cfg.eval.bootstrap, 1),
         ("gates.constant_steps", cfg.gates.constant_steps, 1),
+        ("gates.logp_every", cfg.gates.logp_every, 1),
+        ("rollout.vllm.tensor_parallel", cfg.rollout.vllm.tensor_parallel, 1),
+        ("rollout.vllm.max_model_len", cfg.rollout.vllm.max_model_len, 0),
         ("hardware.timeout", hw.timeout, 1),
         ("hardware.processes", hw.processes, 0),
         ("hardware.threads", hw.threads, 0),
@@ -49,7 +53,10 @@ def check_numbers(cfg: Any) -> None:
         ("hardware.device", hw.device, ("auto", "cpu", "cuda")),
         ("hardware.offload", hw.offload, ("none", "cpu")),
         ("hardware.zero", hw.zero, (0, 1, 2, 3)),
-        ("rollout.backend", cfg.rollout.backend, ("builtin",)),
+        ("rollout.backend", cfg.rollout.backend, tuple(BACKENDS)),
+        ("rollout.vllm.mode", cfg.rollout.vllm.mode, ("inprocess", "server")),
+        ("rollout.vllm.transfer", cfg.rollout.vllm.transfer, ("auto", "files", "ipc", "nccl")),
+        ("rollout.vllm.sleep", cfg.rollout.vllm.sleep, (0, 1, 2)),
         ("optim.schedule", cfg.optim.schedule, ("constant", "linear", "cosine")),
         *(("debug", switch, SWITCHES) for switch in cfg.debug),
     ):
@@ -58,7 +65,8 @@ def check_numbers(cfg: Any) -> None:
             raise ConfigError(
                 f"{key}: {value!r} is not allowed; choose one of {choices}{nearest(str(value), map(str, allowed))}"
             )
-    for wrong, message in _conflicts(cfg):
+    require(cfg.rollout.backend)
+    for wrong, message in (*_conflicts(cfg), *_vllm_conflicts(cfg)):
         if wrong:
             raise ConfigError(message)
 
@@ -83,4 +91,29 @@ def _conflicts(cfg: Any) -> Iterable[tuple[bool, str]]:
     yield (
         hw.offload != "none" and hw.zero < 2,
         f"hardware.offload={hw.offload} needs hardware.zero=2 or 3; it is {hw.zero}",
+    )
+
+
+def _vllm_conflicts(cfg: Any) -> Iterable[tuple[bool, str]]:
+    """(does it hold, what to say) of settings of the vLLM engine."""
+    if cfg.rollout.backend != "vllm":
+        return
+    v, device = cfg.rollout.vllm, cfg.hardware.device
+    yield bool(v.url) and v.mode != "server", "rollout.vllm.url names a server; type rollout.vllm.mode=server"
+    yield (
+        v.sleep > 0 and (device == "cpu" or bool(v.url)),
+        f"rollout.vllm.sleep={v.sleep} frees GPU memory of an engine that this run starts; set rollout.vllm.sleep=0",
+    )
+    yield (
+        v.transfer in ("ipc", "nccl") and device == "cpu",
+        f"rollout.vllm.transfer={v.transfer} is between GPUs; type rollout.vllm.transfer=files",
+    )
+    yield (
+        (v.transfer == "ipc" and v.mode == "server") or (v.transfer == "nccl" and v.mode == "inprocess"),
+        f"rollout.vllm.transfer={v.transfer} does not fit rollout.vllm.mode={v.mode}: "
+        "an engine in the learner's GPU takes ipc, a server on other GPUs takes nccl, and both take files",
+    )
+    yield (
+        v.tensor_parallel > 1 and v.mode == "inprocess",
+        f"rollout.vllm.tensor_parallel={v.tensor_parallel} needs GPUs beside the learner's; type rollout.vllm.mode=server",
     )

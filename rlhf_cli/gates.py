@@ -43,10 +43,12 @@ def first_kl(step: int, stats: Stats, tolerance: float) -> None:
 
 def sampler_gap(step: int, stats: Stats, limit: float) -> None:
     """Sampler and learner must agree on the log-prob of the very tokens that were sampled."""
-    gap = stats.get("policy", [{}])[0].get("sampler_gap", 0.0)
+    first = stats.get("policy", [{}])[0]
+    gap = first.get("sampler_gap", 0.0)
     if not gap <= limit:
         raise GateError(
-            f"step {step}: sampler and learner differ by {gap:.2g} nats a token on average (gates.logp_gap={limit:.2g}); "
+            f"step {step}: sampler and learner differ by {gap:.2g} nats a token on average, at most {first.get('sampler_gap_max', gap):.2g} "
+            f"(gates.logp_gap={limit:.2g}); "
             "the policy that samples is not the one that learns. Set hardware.precision=fp32 to compare, or raise gates.logp_gap"
         )
 
@@ -142,4 +144,5 @@ class Gates:
             end_of_turn(exp, self.eos, self.stops)
             if self.own_reference:
                 first_kl(step, stats, self.tolerance)
-        sampler_gap(step, stats, self.limit)
+        if step % self.cfg.logp_every == 0:
+            sampler_gap(step, stats, self.limit)

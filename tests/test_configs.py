@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,8 @@ def words_of(group: str, name: str) -> list[str]:
         return [f"shaping={name}", "credit=group_norm_to_go"]
     if (group, name) == ("rollout", "greedy"):  # equal samples are refused in training; recorded rows need none
         return ["rollout=greedy", "algo=sft"]
+    if (group, name) == ("rollout", "vllm") and not importlib.util.find_spec("vllm"):
+        pytest.skip("vLLM IS NOT INSTALLED: type make vllm")
     if group == "source":
         return [f"source={name}", f"algo={'sft' if name == 'recorded' else 'grpo'}"]
     return [f"{group}={name}", *([REQUIRED[name]] if group == "reward" and name in REQUIRED else [])]

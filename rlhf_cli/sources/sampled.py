@@ -33,6 +33,7 @@ class Sampled:
         prompts: prompts per step.
         samples: responses per prompt.
         seed: of the order and of every row.
+        rest: called when the rows of a step are drawn, before the update.
     """
 
     def __init__(
@@ -46,10 +47,11 @@ class Sampled:
         prompts: int,
         samples: int,
         seed: int,
+        rest: Callable[[], None] = lambda: None,
     ) -> None:
         self.records, self.encoded, self.sampler, self.comm = records, encoded, sampler, comm
         self.prompts, self.samples, self.seed = prompts, samples, seed
-        self._publish = publish
+        self._publish, self._rest = publish, rest
         self._order = Order(len(records), seed)
         self.version = 0
 
@@ -57,6 +59,7 @@ class Sampled:
         chosen = self._order.take(self.prompts)
         seeds = [row_seed(self.seed, self.version, p, k) for p in range(self.prompts) for k in range(self.samples)]
         drawn = draw(self.sampler, [self.encoded[i] for i in chosen], self.samples, seeds, self.comm)
+        self._rest()
         return self._experience(chosen, drawn)
 
     def _experience(self, chosen: Sequence[int], drawn: Drawn) -> Experience:
