@@ -58,6 +58,7 @@ def evaluate(cfg: Any) -> int:
                 columns[f"{name}, {how}"] = held_out.generate_and_score(
                     sampler, scorer, records, encoded, Comm(device), decoding, k=k, seed=cfg.seed
                 )
+        getattr(sampler, "close", lambda: None)()  # an engine of its own makes room for the next model's
         del sampler
     _print_columns(columns, cfg)
     if cfg.output:

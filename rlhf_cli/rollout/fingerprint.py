@@ -33,6 +33,11 @@ def whole_sum(values: Tensor) -> int:
     return int(_bits(values.reshape(-1)).sum()) & WRAP
 
 
+def checksum(values: Tensor) -> int:
+    """Sum of all bit patterns of a tensor, in one pass: whether anything changed."""
+    return int(values.contiguous().view(_INTEGER[values.dtype.itemsize]).sum(dtype=torch.int64)) & WRAP
+
+
 def of_tensor(values: Tensor, turn: int) -> int:
     """Fingerprint of a whole checkpoint tensor at a turn."""
     if values.ndim != 2:

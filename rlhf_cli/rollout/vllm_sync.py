@@ -101,7 +101,7 @@ class Sync:
         """The weights, noting fingerprints on their way."""
         for name, value in self.weights():
             sent[name] = fingerprint.of_tensor(value, self.turn)
-            total[0] = fingerprint.add([total[0], fingerprint.whole_sum(value)])
+            total[0] = fingerprint.add([total[0], fingerprint.checksum(value)])
             yield name, value
 
     def _held(self) -> dict[str, int]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlhf_cli.rollout.fingerprint import COLUMNS, add, block, column_sum, of_tensor, whole_sum
+from rlhf_cli.rollout.fingerprint import COLUMNS, add, block, checksum, column_sum, of_tensor, whole_sum
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -27,7 +27,7 @@ def test_the_smallest_change_is_seen_within_one_round(dtype: torch.dtype) -> Non
         assert other[3, column] != one
         turns = range(-(-50 // COLUMNS))
         assert [of_tensor(w, t) != of_tensor(other, t) for t in turns].count(True) >= 1
-        assert whole_sum(w) != whole_sum(other)
+        assert whole_sum(w) != whole_sum(other) and checksum(w) != checksum(other)
 
 
 def test_exchanged_columns_are_seen() -> None:
