@@ -160,26 +160,16 @@ class HardwareSection:
 class VllmSection:
     """The engine of rollout.backend=vllm."""
 
-    mode: str = (
-        "inprocess"  # inprocess (an engine per rank, in child processes) | server (one on this machine for all ranks)
-    )
-    url: str = (
-        ""  # mode=server: a running server, e.g. http://127.0.0.1:8000; empty: one is started and ended with the run
-    )
-    transfer: str = (
-        "auto"  # how weights reach it: auto (by device) | files (shared memory) | ipc (same GPU) | nccl (other GPUs)
-    )
+    mode: str = "inprocess"  # inprocess (an engine per rank, in child processes) | server (one for all ranks)
+    url: str = ""  # mode=server: a running one, e.g. http://127.0.0.1:8000; empty: started and ended with the run
+    transfer: str = "auto"  # of weights: auto (by device) | files (shared memory) | ipc (same GPU) | nccl (other GPUs)
     max_model_len: int = 0  # longest prompt and response together; 0: dataset.max_prompt_tokens + rollout.max_tokens
     tensor_parallel: int = 1  # GPUs of an engine
     gpu_memory_utilization: float = 0.4  # part of a GPU's memory for weights and cache, which the learner shares
-    kv_cache_gb: float = (
-        0.0  # memory of the cache; 0: what rollout.rows rows need on a CPU, by gpu_memory_utilization on a GPU
-    )
+    kv_cache_gb: float = 0.0  # of the cache; 0: on a CPU for rollout.rows rows, on a GPU by gpu_memory_utilization
     enforce_eager: bool | None = None  # no compilation, no CUDA graphs; empty: on a CPU only
-    sleep: int = (
-        0  # 1: its GPU memory is free while the learner trains, weights wait in main memory; 2: weights are dropped too
-    )
-    engine: dict[str, Any] = field(default_factory=dict)  # more arguments of vllm.LLM
+    sleep: int = 0  # 1: frees its GPU memory while the learner trains, weights wait in main memory; 2: drops them too
+    engine: dict[str, Any] = field(default_factory=dict)  # more arguments of vllm.LLM, e.g. {block_size: 32}
 
 
 @dataclass

@@ -20,7 +20,7 @@ GAP = (1 + 1 + 2 + 2 + 1) * LOG2 / 5  # mean over trained tokens
 
 
 def near(found: Tensor, wanted: list[list[float]]) -> None:
-    assert torch.allclose(found.float(), torch.tensor(wanted), atol=1e-5)
+    assert torch.allclose(found.float(), torch.tensor(wanted, dtype=torch.float32), atol=1e-5)
 
 
 def test_truncated_token() -> None:

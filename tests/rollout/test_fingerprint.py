@@ -22,7 +22,7 @@ def test_the_smallest_change_is_seen_within_one_round(dtype: torch.dtype) -> Non
     w = torch.randn(6, 50, generator=torch.Generator().manual_seed(1)).to(dtype)
     for column in (0, 17, 49):
         other = w.clone()
-        one = other[3, column]
+        one = w[3, column]
         other[3, column] = one + one.abs() * torch.finfo(dtype).eps  # one step
         assert other[3, column] != one
         turns = range(-(-50 // COLUMNS))

@@ -258,8 +258,10 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 
 def test_a_run_trains_with_lora_and_resumes_where_it_was(folder: Path, tmp_path: Path) -> None:
+    reward = tmp_path / "varies.py"
+    reward.write_text("def score(responses):\n    return [sum(map(ord, r)) % 7 / 7 for r in responses]\n")
     said = rlhf(
-        "train", "debug=tiny", "rollout=vllm", "model=path", f"model.path={folder}", "model.lora.r=4", "reward=length",
+        "train", "debug=tiny", "rollout=vllm", "model=path", f"model.path={folder}", "model.lora.r=4", "reward=python", f"reward.python.path={reward}:score",
         "correction=truncated_token", "optim.lr=0.01", "steps=3", "hardware.device=cpu", "hardware.threads=1",
         "dataset.max_prompt_tokens=512", f"run.dir={tmp_path}", "run.name=one", "checkpoint.keep=3", "rollout.rows=16",
     )  # fmt: skip
