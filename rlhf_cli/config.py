@@ -169,7 +169,7 @@ class VllmSection:
     kv_cache_gb: float = 0.0  # of the cache; 0: on a CPU for rollout.rows rows, on a GPU by gpu_memory_utilization
     enforce_eager: bool | None = None  # no compilation, no CUDA graphs; empty: on a CPU only
     sleep: int = 0  # 1: frees its GPU memory while the learner trains, weights wait in main memory; 2: drops them too
-    engine: dict[str, Any] = field(default_factory=dict)  # more arguments of vllm.LLM, e.g. {block_size: 32}
+    engine: dict[str, Any] = field(default_factory=dict)  # more arguments of vllm.LLM, e.g. block_size: 32
 
 
 @dataclass

@@ -84,7 +84,7 @@ def config(*words: str) -> Any:
 
 
 def test_what_the_engine_is_started_with() -> None:
-    cfg = config("rollout.rows=3", "rollout.vllm.engine={block_size: 32}", "seed=5")
+    cfg = config("rollout.rows=3", "rollout.vllm.engine.block_size=32", "seed=5")
     made = backend.engine_settings(cfg, tiny_causal(0, torch.float32), 100, torch.device("cpu"))
     assert made["dtype"] == "float32" and made["max_model_len"] == 100 and made["max_num_seqs"] == 3
     assert made["seed"] == 5 and made["block_size"] == 32 and made["enforce_eager"] is True
@@ -101,7 +101,7 @@ def test_what_the_engine_is_started_with() -> None:
 def test_the_engine_keeps_its_own_arguments() -> None:
     with pytest.raises(ConfigError, match=r"^rollout\.vllm\.engine\.quantization: follows from other settings"):
         backend.engine_settings(
-            config("rollout.vllm.engine={quantization: fp8}"), tiny_causal(0, torch.float32), 9, torch.device("cpu")
+            config("rollout.vllm.engine.quantization=fp8"), tiny_causal(0, torch.float32), 9, torch.device("cpu")
         )
 
 

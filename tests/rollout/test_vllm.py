@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -240,9 +243,6 @@ def test_a_server_on_this_machine_does_the_same() -> None:
 
 
 def rlhf(*words: str) -> str:
-    import subprocess
-    import sys
-
     done = subprocess.run(
         [sys.executable, "-m", "rlhf_cli.cli", *words], capture_output=True, text=True, timeout=300, check=False
     )
@@ -251,8 +251,6 @@ def rlhf(*words: str) -> str:
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
-    import json
-
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in r.items() if not k.startswith("time/")} for r in found]
 
@@ -277,5 +275,7 @@ def test_a_run_trains_with_lora_and_resumes_where_it_was(folder: Path, tmp_path:
     for late in (*(again / "checkpoints").glob("step-*3"), again / "export"):
         shutil.rmtree(late)
     (again / ".lock").unlink(missing_ok=True)
+    status = json.loads((again / "status.json").read_text())
+    (again / "status.json").write_text(json.dumps(status | {"status": "failed"}))
     assert "2 of 3 steps done" in rlhf("resume", str(again))
     assert rows(again) == made
