@@ -18,7 +18,7 @@ INVARIANCE = {"fp32": 1e-4, "bf16": 0.2}
 LOGP_GAP = {
     "fp32": 1e-3,
     "bf16": 0.2,
-}  # mean |sampler - learner| log-prob; bf16 on SmolLM2-135M shows 0.04, rounding alone
+}  # mean |sampler - learner| log-prob; bf16 on SmolLM2-135M shows 0.04, rounding alone; vLLM on a CPU too
 
 
 def first_ratio(step: int, stats: Stats, tolerance: float) -> None:

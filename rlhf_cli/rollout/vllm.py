@@ -275,15 +275,14 @@ def _server(v: Any, settings: dict[str, Any], model: Any, tokenizer: Any, cfg: A
         raise ConfigError(
             f"rollout.vllm.url={v.url}: the server must be on this machine; its weights can be replaced by whoever reaches it"
         )
-    url = v.url
+    made = None
     if comm.rank == 0:
-        folder = Path(tempfile.mkdtemp(prefix="rlhf-vllm-"))
-        _write(model, tokenizer, folder)
-        own = {**settings, "model": str(folder), "tokenizer": str(folder)}
-        made = Server(v.url, own, environment(cfg, comm), log_file(cfg, 0))
-        url = made.url
-    url = comm.broadcast(url)
-    return made if comm.rank == 0 else Server(url, {}, {}, log_file(cfg, comm.rank))
+        with tempfile.TemporaryDirectory(prefix="rlhf-vllm-") as folder:
+            _write(model, tokenizer, Path(folder))
+            own = {**settings, "model": folder, "tokenizer": folder}
+            made = Server(v.url, own, environment(cfg, comm), log_file(cfg, 0))
+    url = comm.broadcast(made.url if made is not None else "")
+    return made or Server(url, {}, {}, log_file(cfg, comm.rank))
 
 
 def _write(model: Any, tokenizer: Any, folder: Path) -> None:
