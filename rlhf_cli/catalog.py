@@ -30,6 +30,7 @@ GROUPS: dict[str, str] = {
     "shaping": "what is added to or taken from the reward, such as a KL penalty",
     "select": "which rows and pairs are trained on",
     "credit": "how rewards become advantages",
+    "correction": "weights for samples of a sampler that is not exactly the learner",
     "source": "where experience comes from: a sampler or a recording",
     "rollout": "how responses are drawn",
     "hardware": "device, precision, ZeRO stage, processes",

@@ -9,46 +9,57 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from rlhf_cli.config import nearest
 from rlhf_cli.errors import ConfigError
+from rlhf_cli.rollout.backends import BACKENDS, require
 
 SWITCHES = ("shuffled_reward",)  # of `debug`
 
 
+AT_LEAST = {
+    "batch.prompts": 1,
+    "batch.samples": 1,
+    "batch.epochs": 1,
+    "batch.minibatches": 1,
+    "rollout.max_tokens": 1,
+    "rollout.min_tokens": 0,
+    "rollout.temperature": 0,
+    "rollout.top_k": 0,
+    "rollout.rows": 0,
+    "steps": 0,
+    "model.lora.r": 0,
+    "optim.lr": 0,
+    "optim.eps": 0,
+    "optim.clip": 0,
+    "optim.weight_decay": 0,
+    "optim.warmup": 0,
+    "checkpoint.keep": 1,
+    "checkpoint.every": 0,
+    "eval.every": 0,
+    "eval.prompts": 0,
+    "eval.bootstrap": 1,
+    "gates.constant_steps": 1,
+    "gates.logp_every": 1,
+    "rollout.vllm.tensor_parallel": 1,
+    "rollout.vllm.max_model_len": 0,
+    "hardware.timeout": 1,
+    "reward_workers.processes": -1,
+    "reward_workers.timeout": 0.01,
+    "hardware.processes": 0,
+    "hardware.nodes": 1,
+    "hardware.threads": 0,
+    "hardware.micro_batch_tokens": 0,
+}
+"""Smallest value that a number may have."""
+
+
 def check_numbers(cfg: Any) -> None:
     """Cross-field checks of plain settings."""
-    b, hw = cfg.batch, cfg.hardware
-    for key, value, least in (
-        ("batch.prompts", b.prompts, 1),
-        ("batch.samples", b.samples, 1),
-        ("batch.epochs", b.epochs, 1),
-        ("batch.minibatches", b.minibatches, 1),
-        ("rollout.max_tokens", cfg.rollout.max_tokens, 1),
-        ("rollout.min_tokens", cfg.rollout.min_tokens, 0),
-        ("rollout.temperature", cfg.rollout.temperature, 0),
-        ("rollout.top_k", cfg.rollout.top_k, 0),
-        ("rollout.rows", cfg.rollout.rows, 0),
-        ("steps", cfg.steps, 0),
-        ("model.lora.r", cfg.model.lora.r, 0),
-        ("optim.lr", cfg.optim.lr, 0),
-        ("optim.eps", cfg.optim.eps, 0),
-        ("optim.clip", cfg.optim.clip, 0),
-        ("optim.weight_decay", cfg.optim.weight_decay, 0),
-        ("optim.warmup", cfg.optim.warmup, 0),
-        ("checkpoint.keep", cfg.checkpoint.keep, 1),
-        ("checkpoint.every", cfg.checkpoint.every, 0),
-        ("eval.every", cfg.eval.every, 0),
-        ("eval.prompts", cfg.eval.prompts, 0),
-        ("eval.bootstrap", cfg.eval.bootstrap, 1),
-        ("gates.constant_steps", cfg.gates.constant_steps, 1),
-        ("hardware.timeout", hw.timeout, 1),
-        ("reward_workers.processes", cfg.reward_workers.processes, -1),
-        ("reward_workers.timeout", cfg.reward_workers.timeout, 0.01),
-        ("hardware.processes", hw.processes, 0),
-        ("hardware.nodes", hw.nodes, 1),
-        ("hardware.threads", hw.threads, 0),
-        ("hardware.micro_batch_tokens", hw.micro_batch_tokens, 0),
-    ):
+    hw = cfg.hardware
+    for key, least in AT_LEAST.items():
+        value = OmegaConf.select(cfg, key)
         if value < least:
             raise ConfigError(f"{key}={value}: must be at least {least}")
     for key, value, allowed in (
@@ -56,7 +67,10 @@ def check_numbers(cfg: Any) -> None:
         ("hardware.device", hw.device, ("auto", "cpu", "cuda")),
         ("hardware.offload", hw.offload, ("none", "cpu", "nvme")),
         ("hardware.zero", hw.zero, (0, 1, 2, 3)),
-        ("rollout.backend", cfg.rollout.backend, ("builtin",)),
+        ("rollout.backend", cfg.rollout.backend, tuple(BACKENDS)),
+        ("rollout.vllm.mode", cfg.rollout.vllm.mode, ("inprocess", "server")),
+        ("rollout.vllm.transfer", cfg.rollout.vllm.transfer, ("auto", "files", "ipc", "nccl")),
+        ("rollout.vllm.sleep", cfg.rollout.vllm.sleep, (0, 1, 2)),
         ("optim.schedule", cfg.optim.schedule, ("constant", "linear", "cosine")),
         *(("debug", switch, SWITCHES) for switch in cfg.debug),
     ):
@@ -65,7 +79,8 @@ def check_numbers(cfg: Any) -> None:
             raise ConfigError(
                 f"{key}: {value!r} is not allowed; choose one of {choices}{nearest(str(value), map(str, allowed))}"
             )
-    for wrong, message in _conflicts(cfg):
+    require(cfg.rollout.backend)
+    for wrong, message in (*_conflicts(cfg), *_vllm_conflicts(cfg)):
         if wrong:
             raise ConfigError(message)
     check_deepspeed(hw.deepspeed)
@@ -103,6 +118,31 @@ def _conflicts(cfg: Any) -> Iterable[tuple[bool, str]]:
     yield (
         bool(hw.nvme_path) and hw.offload != "nvme",
         f"hardware.nvme_path is not used with hardware.offload={hw.offload}; type hardware.offload=nvme",
+    )
+
+
+def _vllm_conflicts(cfg: Any) -> Iterable[tuple[bool, str]]:
+    """(does it hold, what to say) of settings of the vLLM engine."""
+    if cfg.rollout.backend != "vllm":
+        return
+    v, device = cfg.rollout.vllm, cfg.hardware.device
+    yield bool(v.url) and v.mode != "server", "rollout.vllm.url names a server; type rollout.vllm.mode=server"
+    yield (
+        v.sleep > 0 and (device == "cpu" or bool(v.url)),
+        f"rollout.vllm.sleep={v.sleep} frees GPU memory of an engine that this run starts; set rollout.vllm.sleep=0",
+    )
+    yield (
+        v.transfer in ("ipc", "nccl") and device == "cpu",
+        f"rollout.vllm.transfer={v.transfer} is between GPUs; type rollout.vllm.transfer=files",
+    )
+    yield (
+        (v.transfer == "ipc" and v.mode == "server") or (v.transfer == "nccl" and v.mode == "inprocess"),
+        f"rollout.vllm.transfer={v.transfer} does not fit rollout.vllm.mode={v.mode}: "
+        "an engine in the learner's GPU takes ipc, a server on other GPUs takes nccl, and both take files",
+    )
+    yield (
+        v.tensor_parallel > 1 and v.mode == "inprocess",
+        f"rollout.vllm.tensor_parallel={v.tensor_parallel} needs GPUs beside the learner's; type rollout.vllm.mode=server",
     )
 
 

@@ -80,6 +80,7 @@ class GatesSection:
     advantage: float = 100.0  # largest |advantage| allowed
     constant_steps: int = 20  # steps in a row with one constant reward allowed
     failures: float = 0.1  # largest fraction of failed rewards in a step
+    logp_every: int = 1  # steps between comparisons of sampler and learner log-probs
     invariance: float = 0.0  # mean |log-prob change| under re-batching allowed, nats; 0: by precision
 
 
@@ -161,10 +162,26 @@ class HardwareSection:
 
 
 @dataclass
+class VllmSection:
+    """The engine of rollout.backend=vllm."""
+
+    mode: str = "inprocess"  # inprocess (an engine per rank, in child processes) | server (one for all ranks)
+    url: str = ""  # mode=server: a running one, e.g. http://127.0.0.1:8000; empty: started and ended with the run
+    transfer: str = "auto"  # of weights: auto (by device) | files (shared memory) | ipc (same GPU) | nccl (other GPUs)
+    max_model_len: int = 0  # longest prompt and response together; 0: dataset.max_prompt_tokens + rollout.max_tokens
+    tensor_parallel: int = 1  # GPUs of an engine
+    gpu_memory_utilization: float = 0.4  # part of a GPU's memory for weights and cache, which the learner shares
+    kv_cache_gb: float = 0.0  # of the cache; 0: on a CPU for rollout.rows rows, on a GPU by gpu_memory_utilization
+    enforce_eager: bool | None = None  # no compilation, no CUDA graphs; empty: on a CPU only
+    sleep: int = 0  # 1: frees its GPU memory while the learner trains, weights wait in main memory; 2: drops them too
+    engine: dict[str, Any] = field(default_factory=dict)  # more arguments of vllm.LLM, e.g. block_size: 32
+
+
+@dataclass
 class RolloutSection:
     """How responses are drawn."""
 
-    backend: str = "builtin"  # the built-in sampler
+    backend: str = "builtin"  # builtin (the learner's own model) | vllm
     max_tokens: int = 64  # new tokens per response
     min_tokens: int = 0  # no EOS or stop before this many
     temperature: float = 1.0  # 0 is greedy
@@ -172,6 +189,7 @@ class RolloutSection:
     top_k: int = 0  # best tokens kept; 0: all
     stop: list[str] = field(default_factory=list)  # texts that end a response
     rows: int = 0  # rows decoded at a time; 0: by memory
+    vllm: VllmSection = field(default_factory=VllmSection)
 
 
 @dataclass
@@ -207,6 +225,7 @@ class Root:
     shaping: Any = None  # conf/shaping: name -> function
     select: Any = None  # conf/select
     credit: Any = None  # conf/credit
+    correction: Any = None  # conf/correction
     updates: dict[str, Any] = field(default_factory=dict)  # learner -> term -> {objective, reduce, coef}
     tracker: Any = None  # conf/tracker
     launcher: Any = None  # conf/launcher

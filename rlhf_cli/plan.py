@@ -56,8 +56,9 @@ def validate(cfg: Any) -> Plan:
         if v and plan.source == "sampled"
     ]
     credit = _check(cfg, cfg.credit, "credit") if cfg.credit else None
+    correction = _correction(cfg, plan)
     _check_sampling(cfg, plan, [s for _, s in shapers], [s for *_, s in terms])
-    takers = [s for _, s in shapers] + ([credit] if credit else []) + [s for *_, s in terms]
+    takers = [s for _, s in shapers] + [s for s in (credit, correction) if s] + [s for *_, s in terms]
     _annotate(cfg, plan, have, frozenset().union(*(s.columns for s in takers)) if takers else frozenset())
     for name, sig in shapers:
         _stage(cfg, plan, have, name, sig, ())
@@ -68,6 +69,8 @@ def validate(cfg: Any) -> Plan:
         have.add("reward")
     if credit is not None:
         _stage(cfg, plan, have, "credit", credit, credit.gives or ("advantage", "returns"))
+    if correction is not None:
+        _stage(cfg, plan, have, "correction", correction, ("advantage",))
     for learner, term, role, sig in terms:
         _stage(
             cfg,
@@ -271,7 +274,7 @@ def _annotate(cfg: Any, plan: Plan, have: set[str], wanted: frozenset[str]) -> N
     filled = []
     if "old_logp" in wanted and "policy" in plan.learners:
         have.add("old_logp")
-        if cfg.batch.epochs * cfg.batch.minibatches > 1:
+        if cfg.batch.epochs * cfg.batch.minibatches > 1 or (cfg.correction and plan.source == "sampled"):
             filled.append("old_logp")
         else:
             plan.notes.append("old_logp is the update's own log-prob: one update per rollout is on-policy")
@@ -287,6 +290,25 @@ def _annotate(cfg: Any, plan: Plan, have: set[str], wanted: frozenset[str]) -> N
     plan.annotate = tuple(filled)
     if filled:
         plan.stages.append(Stage("annotate", "forward passes without gradient", frozenset({"ids"}), plan.annotate))
+
+
+def _correction(cfg: Any, plan: Plan) -> Signature | None:
+    """The rule that weighs advantages, where there are any and the rows are sampled."""
+    if not cfg.correction:
+        return None
+    if plan.source != "sampled":
+        plan.notes.append("correction is not used: the responses are recorded, not sampled")
+        return None
+    if not cfg.credit:
+        raise ConfigError(
+            "correction: it weighs advantages, and no credit rule gives any; type credit=group_norm, or correction=none"
+        )
+    if cfg.rollout.top_p < 1 or cfg.rollout.top_k > 0:
+        raise ConfigError(
+            "correction: the learner's log-probs are of the whole distribution and the sampler's of a part of it; "
+            "set rollout.top_p=1 rollout.top_k=0, or correction=none"
+        )
+    return _check(cfg, cfg.correction, "correction")
 
 
 def _unused(plan: Plan, terms: list[tuple[str, str, str, Signature]]) -> None:

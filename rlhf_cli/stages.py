@@ -171,6 +171,23 @@ def crediting(rule: Callable[..., Any], limit: float) -> Stage:
     return credit
 
 
+def correcting(rule: Callable[..., Any], count: Callable[[Mapping[str, float], str], None]) -> Stage:
+    """Weigh advantages by how likely the learner would have sampled them; report the weights."""
+
+    def correct(exp: Experience) -> Experience:
+        if not len(exp):
+            return exp
+        weight, bounded = call(rule, exp)
+        tokens = exp.mask.sum().clamp(min=1)
+        gap = ((exp.old_logp - exp.behavior_logp).abs() * exp.mask).sum() / tokens
+        on = bool(((weight != 1) & exp.mask).any())
+        numbers = {"gap": gap, "on": float(on), "weight": weight.sum() / tokens, "bounded": bounded.sum() / tokens}
+        count({k: float(v) for k, v in numbers.items()}, "correction")
+        return replace(exp, advantage=exp.advantage * weight)
+
+    return correct
+
+
 def minibatches(epochs: int, count: int, seed: int) -> Callable[[Experience, int], Any]:
     """Whole groups in a fresh order every epoch; `count` minibatches an epoch."""
 

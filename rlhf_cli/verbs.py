@@ -19,6 +19,7 @@ from rlhf_cli.models import loading
 from rlhf_cli.report import evaluate as held_out
 from rlhf_cli.report.evaluate import Row, bootstrap, by_prompt, paired, write_rows
 from rlhf_cli.rewards.report import render, report
+from rlhf_cli.rollout.builtin import decoding_of
 from rlhf_cli.rollout.sampler import Sampler
 from rlhf_cli.sources.assemble import sample_of
 from rlhf_cli.types import Sample
@@ -33,7 +34,8 @@ def _device(cfg: Any) -> torch.device:
 def _sampler(cfg: Any, model_cfg: Any, device: torch.device) -> Sampler:
     tokenizer = loading.load_tokenizer(model_cfg)
     model = loading.load_causal(model_cfg, dtype=wiring.dtype_of(cfg), seed=cfg.seed).to(device)
-    return wiring.make_sampler(cfg, model, tokenizer, Comm(device))
+    sampler, _ = wiring.make_sampler(cfg, model, tokenizer, Comm(device), None, lambda numbers, stage: None)
+    return sampler
 
 
 # -- eval --------------------------------------------------------------------------------------------------------------
@@ -54,10 +56,11 @@ def evaluate(cfg: Any) -> int:
         encoded = wiring.encode(records, sampler.tokenizer, cfg)
         for how, k, temperature in (("greedy", 1, 0.0), ("sampled", cfg.eval.samples, cfg.rollout.temperature)):
             if k:
-                decoding = wiring.decoding_of(cfg, temperature=temperature)
+                decoding = decoding_of(cfg, temperature=temperature)
                 columns[f"{name}, {how}"] = held_out.generate_and_score(
                     sampler, scorer, records, encoded, Comm(device), decoding, k=k, seed=cfg.seed
                 )
+        getattr(sampler, "close", lambda: None)()  # an engine of its own makes room for the next model's
         del sampler
     _print_columns(columns, cfg)
     if cfg.output:

@@ -16,16 +16,16 @@ from rlhf_cli import gates, stages
 from rlhf_cli.config import build
 from rlhf_cli.data.loading import load
 from rlhf_cli.data.record import Record, as_demonstrations, check_lengths, check_references
-from rlhf_cli.data.text import end_id, render, response_ids
+from rlhf_cli.data.text import render, response_ids
 from rlhf_cli.engine.comm import Comm
 from rlhf_cli.engine.deepspeed import DeepSpeedEngine, Frozen, Setup
-from rlhf_cli.errors import GateError
 from rlhf_cli.models import fused, loading, packing
 from rlhf_cli.models.heads import PolicyHead, ScalarHead, inner
 from rlhf_cli.models.lora import add_lora, reference_disabled
 from rlhf_cli.plan import Plan, learner_sections, validate
 from rlhf_cli.rewards.make import make_scorer
-from rlhf_cli.rollout.sampler import Decoding, Sampler
+from rlhf_cli.rollout.backends import backend
+from rlhf_cli.rollout.sampler import Sampler
 from rlhf_cli.sources.assemble import rows, sample_of
 from rlhf_cli.sources.recorded import Recorded
 from rlhf_cli.sources.sampled import Sampled
@@ -70,16 +70,13 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
     scorable = plan.learners.get("policy") == "policy" and can_score(cfg, heldout)
     actor = make_actor(cfg, heads, plan, comm) if sampled or scorable else None
     engines = {name: DeepSpeedEngine(name, head, setup_of(cfg, sections[name]), comm) for name, head in heads.items()}
-    sampler = (
-        make_sampler(cfg, actor, tokenizer, comm, cfg.batch.prompts * cfg.batch.samples) if actor is not None else None
-    )
-    copied = cfg.hardware.zero == 3 and actor is not None and "policy" in engines
-    publish = partial(refresh, actor, engines["policy"]) if copied else _nothing
+    sampler, publish = make_sampler(cfg, actor, tokenizer, comm, engines.get("policy"), record.count)
     if sampled:
         assert sampler is not None
+        rest = getattr(sampler, "rest", _nothing)  # an engine that gives its memory back while the learner trains
         source: Any = Sampled(
             train, encoded, sampler, publish, comm, prompts=cfg.batch.prompts, samples=cfg.batch.samples, seed=cfg.seed,
-            begin=scorer.begin if scorer is not None else None,
+            begin=scorer.begin if scorer is not None else None, rest=rest,
         )  # fmt: skip
     else:
         answers = encode_answers(train, tokenizer, cfg)
@@ -101,9 +98,7 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
         else stages.keep,
         annotate=stages.annotating(annotations(plan, engines, reference)),
         shape=stages.shaping([build(v, f"shaping.{k}", allow=allow) for k, v in (cfg.shaping or {}).items() if v]),
-        credit=stages.crediting(build(cfg.credit, "credit", allow=allow), cfg.gates.advantage)
-        if cfg.credit
-        else stages.keep,
+        credit=make_credit(cfg, plan, record.count),
         engines=engines,
         updates={name: make_update(cfg, name, section.starts_at) for name, section in sections.items()},
         minibatches=stages.minibatches(cfg.batch.epochs, cfg.batch.minibatches, cfg.seed),
@@ -139,14 +134,31 @@ def make_actor(cfg: Any, heads: Mapping[str, nn.Module], plan: Plan, comm: Comm)
     if "policy" not in heads:
         return loading.load_causal(cfg.model, dtype=dtype_of(cfg), seed=cfg.seed).to(comm.device).eval()
     model: Any = heads["policy"].model
-    return copy.deepcopy(model) if cfg.hardware.zero == 3 else model
+    return copy.deepcopy(model) if cfg.hardware.zero == 3 and backend(cfg).SAMPLES_WITH_ACTOR else model
 
 
-def make_sampler(cfg: Any, actor: nn.Module, tokenizer: Any, comm: Comm, wave: int = 0) -> Sampler:
-    """The built-in sampler; it also stops at the token that the chat template ends a turn with. `wave`: rows of a step."""
-    sampler = Sampler(actor, tokenizer, decoding_of(cfg, wave=wave), device=comm.device)
-    sampler.eos = sorted({*sampler.eos, end_id(tokenizer, cfg.dataset.chat)})
-    return sampler
+def make_sampler(
+    cfg: Any, actor: nn.Module | None, tokenizer: Any, comm: Comm, learner: Any, count: Any
+) -> tuple[Any, Callable[[], None]]:
+    """The chosen sampler with the weights of the learner (of the actor, without one), and what brings it new ones."""
+    if actor is None:
+        return None, _nothing
+    chosen = backend(cfg)
+    sampler = chosen.make_sampler(cfg, actor, tokenizer, comm)
+    publish = chosen.make_publish(cfg, sampler, actor, learner, comm, count)
+    publish()
+    return sampler, publish
+
+
+def make_credit(cfg: Any, plan: Plan, count: Any) -> stages.Stage:
+    """Advantages, corrected where the recipe says so."""
+    if not cfg.credit:
+        return stages.keep
+    credit = stages.crediting(build(cfg.credit, "credit", allow=list(cfg.allow_targets)), cfg.gates.advantage)
+    if not cfg.correction or plan.source != "sampled":
+        return credit
+    correct = stages.correcting(build(cfg.correction, "correction", allow=list(cfg.allow_targets)), count)
+    return lambda exp: correct(credit(exp))
 
 
 def make_gates(cfg: Any, sampler: Sampler | None) -> gates.Gates:
@@ -292,19 +304,6 @@ def setup_of(cfg: Any, section: Any) -> Setup:
     )  # fmt: skip
 
 
-def refresh(actor: nn.Module, engine: DeepSpeedEngine) -> None:
-    """Copy the learner's weights into the model that samples, and make sure that they changed."""
-    own = {f"model.{k}": v for k, v in (*actor.named_parameters(), *actor.named_buffers())}
-    moved = torch.zeros((), dtype=torch.float64)
-    with torch.no_grad():
-        for name, value in engine.full_state():
-            moved += (own[name] - value.to(own[name].dtype)).abs().sum().double().cpu()
-            own[name].copy_(value)
-    if engine.moved and float(moved) == 0.0:
-        raise GateError("the weights that sample did not change after an update: the copy from the learner is broken")
-    engine.moved = False  # a step without rows moves nothing
-
-
 def annotations(
     plan: Plan, engines: Mapping[str, DeepSpeedEngine], reference: Frozen | None
 ) -> dict[str, tuple[Any, str]]:
@@ -325,7 +324,7 @@ def make_scoring(cfg: Any, scorer: Scorer | None, comm: Comm, checks: gates.Gate
     """The stage that scores a step."""
     if scorer is None:
         return stages.keep
-    count = partial(record.count, under="component")
+    count = partial(record.count, stage="component")
     score = stages.scoring(scorer, comm, cfg.gates.failures, checks.reward, count, record.note)
     return stages.shuffled(score, cfg.seed) if cfg.debug.get("shuffled_reward") else score
 
@@ -353,16 +352,6 @@ def learning_rate(cfg: Any, peaks: Mapping[str, float], name: str, step: int) ->
         "cosine": lambda x: 0.5 * (1 - math.cos(math.pi * x)),
     }
     return peaks[name] * warm * shape[cfg.optim.schedule](left)
-
-
-def decoding_of(cfg: Any, **changes: Any) -> Decoding:
-    """How training samples; `changes` for evaluation."""
-    r = cfg.rollout
-    settings = {
-        "max_tokens": r.max_tokens, "min_tokens": r.min_tokens, "temperature": r.temperature, "top_p": r.top_p, "top_k": r.top_k,
-        "stop": tuple(r.stop), "rows": r.rows,
-    }  # fmt: skip
-    return Decoding(**(settings | changes))
 
 
 def check_invariance(engine: DeepSpeedEngine, exp: Experience, want: str, limit: float, rows: int = 4) -> float:

@@ -33,8 +33,9 @@ from rlhf_cli.record.provenance import provenance
 from rlhf_cli.record.recorder import make_recorder
 from rlhf_cli.record.rundir import RunDir
 from rlhf_cli.report import evaluate, summary
+from rlhf_cli.rollout.builtin import decoding_of
 from rlhf_cli.types import Run
-from rlhf_cli.wiring import Parts, check_invariance, decoding_of, make_run
+from rlhf_cli.wiring import Parts, check_invariance, make_run
 
 PREEMPTED = 75  # exit status: stopped by a signal after a checkpoint; start it again to go on
 SAMPLES_PER_STEP = 8

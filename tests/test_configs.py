@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ REQUIRED = {
     "model": "reward.model.path=RUN",
     "python": "reward.python.path=mine.py:score",
     "regex": "reward.regex.pattern=x",
+    "zero3_offload_nvme": "hardware.nvme_path=nvme",
 }
 
 
@@ -38,8 +40,6 @@ def nodes(section: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def words_of(group: str, name: str) -> list[str]:
     """A command line around one option, with a recipe and records that fit it."""
-    if name == "zero3_offload_nvme":
-        return [f"hardware={name}", "hardware.nvme_path=nvme"]
     if group == "dataset":
         raw = compose("train", [f"dataset={name}", "dataset.path=DATA"] if name != "quickstart" else [], None)
         fit = SHAPE_FITS.get(raw.dataset.shape, "sft")
@@ -65,9 +65,11 @@ def words_of(group: str, name: str) -> list[str]:
         return [f"shaping={name}", "credit=group_norm_to_go"]
     if (group, name) == ("rollout", "greedy"):  # equal samples are refused in training; recorded rows need none
         return ["rollout=greedy", "algo=sft"]
+    if (group, name) == ("rollout", "vllm") and not importlib.util.find_spec("vllm"):
+        pytest.skip("vLLM IS NOT INSTALLED: type make vllm")
     if group == "source":
         return [f"source={name}", f"algo={'sft' if name == 'recorded' else 'grpo'}"]
-    return [f"{group}={name}", *([REQUIRED[name]] if group == "reward" and name in REQUIRED else [])]
+    return [f"{group}={name}", *([REQUIRED[name]] if group in ("reward", "hardware") and name in REQUIRED else [])]
 
 
 PAIRS = ["dataset=preferences", "dataset.path=DATA"]

@@ -63,9 +63,9 @@ def test_sampler_gap() -> None:
     gates.sampler_gap(3, stats(sampler_gap=1e-4), 1e-3)
     gates.sampler_gap(3, {}, 1e-3)
     with pytest.raises(GateError) as e:
-        gates.sampler_gap(3, stats(sampler_gap=0.02), 1e-3)
+        gates.sampler_gap(3, stats(sampler_gap=0.02, sampler_gap_max=0.3), 1e-3)
     assert str(e.value) == (
-        "step 3: sampler and learner differ by 0.02 nats a token on average (gates.logp_gap=0.001); "
+        "step 3: sampler and learner differ by 0.02 nats a token on average, at most 0.3 (gates.logp_gap=0.001); "
         "the policy that samples is not the one that learns. Set hardware.precision=fp32 to compare, or raise gates.logp_gap"
     )
 
@@ -173,6 +173,15 @@ def test_later_steps_may_leave_the_reference() -> None:
     all_gates()(1, experience(), stats(**(GOOD | {"ratio_gap": 0.5, "kl": 1.0})))
 
 
+def test_log_probs_are_compared_every_n_steps() -> None:
+    gate = all_gates(section=GatesSection(logp_every=3))
+    far = stats(**(GOOD | {"sampler_gap": 1.0}))
+    for step in (1, 2, 4):
+        gate(step, experience(), far)
+    with pytest.raises(GateError, match="step 3"):
+        gate(3, experience(), far)
+
+
 def test_another_reference_or_an_approximate_sampler_is_no_error() -> None:
     all_gates(own_reference=False)(0, experience(), stats(**(GOOD | {"kl": 1.0})))
     all_gates(exact_sampler=False)(0, experience(), stats(**(GOOD | {"sampler_gap": 1.0})))
@@ -212,6 +221,7 @@ def test_diagnostics_by_hand() -> None:
         "kl_old": (0 + 1 / e - 1 + 1) / 2,  # k3(-1) = exp(-1) - 1 + 1
         "kl": (1 / e - 1 + 1 + 0) / 2,  # ref - logp: -1 and 0
         "sampler_gap": 0.25,
+        "sampler_gap_max": 0.25,
         "surprise": 1.5,
         "reward_accuracy": (1 + 0 + 0.5) / 3,  # a tie counts half
         "explained_variance": 0.0,  # errors 0 and 2 vary as much as returns 1 and 3

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+import rlhf_cli.correction
 import rlhf_cli.credit
 import rlhf_cli.objectives
 import rlhf_cli.shaping
@@ -16,7 +17,11 @@ from rlhf_cli.signature import signature
 from rlhf_cli.types import COLUMNS, OUTPUTS
 
 CONF = Path(__file__).parents[1] / "conf"
-FILES = [p for g in ("objective", "credit", "reduce", "shaping", "select") for p in sorted((CONF / g).glob("*.yaml"))]
+FILES = [
+    p
+    for g in ("objective", "credit", "correction", "reduce", "shaping", "select")
+    for p in sorted((CONF / g).glob("*.yaml"))
+]
 each_option = pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}-{p.stem}")
 
 
@@ -44,17 +49,27 @@ def test_builds_and_documents_itself(path: Path) -> None:
 
 
 def test_only_none_is_empty() -> None:
-    assert sorted(f"{p.parent.name}/{p.stem}" for p in FILES if not nodes(p)) == ["credit/none", "shaping/none"]
+    assert sorted(f"{p.parent.name}/{p.stem}" for p in FILES if not nodes(p)) == [
+        "correction/none",
+        "credit/none",
+        "shaping/none",
+    ]
 
 
-@pytest.mark.parametrize("package", [rlhf_cli.objectives, rlhf_cli.credit, rlhf_cli.shaping], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "package", [rlhf_cli.objectives, rlhf_cli.credit, rlhf_cli.correction, rlhf_cli.shaping], ids=lambda m: m.__name__
+)
 def test_every_public_function_is_reachable(package: Any) -> None:
     assert package.__all__ == sorted(package.__all__)
     reached = {node["_target_"].rpartition(".")[2] for p in FILES for node in nodes(p)}
     assert set(package.__all__) <= reached, f"no option for {set(package.__all__) - reached}"
 
 
-PUBLIC = [getattr(m, n) for m in (rlhf_cli.objectives, rlhf_cli.credit, rlhf_cli.shaping) for n in m.__all__]
+PUBLIC = [
+    getattr(m, n)
+    for m in (rlhf_cli.objectives, rlhf_cli.credit, rlhf_cli.correction, rlhf_cli.shaping)
+    for n in m.__all__
+]
 
 
 @pytest.mark.parametrize("fn", PUBLIC, ids=lambda f: f.__name__)

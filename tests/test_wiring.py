@@ -10,6 +10,7 @@ from torch import nn
 from rlhf_cli import wiring
 from rlhf_cli.data.record import Record
 from rlhf_cli.errors import GateError
+from rlhf_cli.rollout.builtin import refresh
 
 
 def config(steps: int, warmup: int, schedule: str) -> Any:
@@ -45,16 +46,16 @@ def test_refresh_copies_every_weight_and_buffer() -> None:
     with torch.no_grad():
         trained.weight.fill_(2.0)
         trained.running_mean.fill_(5.0)  # type: ignore[union-attr]
-    wiring.refresh(actor, learner(trained, moved=True))
+    refresh(actor, learner(trained, moved=True))
     assert actor.weight.tolist() == [2.0] * 3 and actor.running_mean.tolist() == [5.0] * 3  # type: ignore[union-attr]
     assert actor.weight.dtype == torch.float32 and actor.weight.requires_grad
 
 
 def test_refresh_refuses_an_update_that_changed_nothing() -> None:
     actor = nn.Linear(2, 2)
-    wiring.refresh(actor, learner(actor, moved=False))  # no update, nothing to copy
+    refresh(actor, learner(actor, moved=False))  # no update, nothing to copy
     with pytest.raises(GateError) as e:
-        wiring.refresh(actor, learner(actor, moved=True))
+        refresh(actor, learner(actor, moved=True))
     assert str(e.value) == "the weights that sample did not change after an update: the copy from the learner is broken"
 
 

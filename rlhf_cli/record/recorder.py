@@ -68,7 +68,7 @@ class Quiet:
     def start(self, config: Mapping[str, Any], state: Mapping[str, Any] | None) -> None:
         """Nothing."""
 
-    def count(self, numbers: Mapping[str, float], under: str = "select") -> None:
+    def count(self, numbers: Mapping[str, float], stage: str = "select") -> None:
         """Nothing."""
 
     def step(self, step: int, exp: Experience, stats: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
@@ -155,9 +155,9 @@ class Recorder:
         finally:
             self._enter(outer)
 
-    def count(self, numbers: Mapping[str, float], under: str = "select") -> None:
-        """Numbers of this step that a stage counted; they stand under `select/`, or another name, in its row."""
-        self._counted |= {f"{under}/{k}": v for k, v in numbers.items()}
+    def count(self, numbers: Mapping[str, float], stage: str = "select") -> None:
+        """Numbers of this step that a stage counted; they stand under `select/` (or another stage's name) in its row."""
+        self._counted |= {f"{stage}/{k}": v for k, v in numbers.items()}
 
     def step(self, step: int, exp: Experience, stats: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
         """Write, mirror and show the row of the step with this index; learners' numbers are means over their passes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +37,7 @@ class Sampled:
         samples: responses per prompt.
         seed: of the order and of every row.
         begin: gets the samples of each group that this rank has drawn, at once, while it draws others.
+        rest: called when the rows of a step are drawn, before the update.
     """
 
     def __init__(
@@ -50,10 +52,11 @@ class Sampled:
         samples: int,
         seed: int,
         begin: Callable[[Sequence[Sample]], None] | None = None,
+        rest: Callable[[], None] = lambda: None,
     ) -> None:
         self.records, self.encoded, self.sampler, self.comm = records, encoded, sampler, comm
         self.prompts, self.samples, self.seed = prompts, samples, seed
-        self._publish, self._begin = publish, begin
+        self._publish, self._begin, self._rest = publish, begin, rest
         self._order = Order(len(records), seed)
         self.version = 0
 
@@ -61,7 +64,11 @@ class Sampled:
         chosen = self._order.take(self.prompts)
         seeds = [row_seed(self.seed, self.version, p, k) for p in range(self.prompts) for k in range(self.samples)]
         done = early(self._begin, self.sampler, [self.records[i] for i in chosen])
-        drawn = draw(self.sampler, [self.encoded[i] for i in chosen], self.samples, seeds, self.comm, done=done)
+        decoding = replace(self.sampler.decoding, wave=len(seeds))
+        drawn = draw(
+            self.sampler, [self.encoded[i] for i in chosen], self.samples, seeds, self.comm, decoding, done=done
+        )
+        self._rest()
         return self._experience(chosen, drawn)
 
     def _experience(self, chosen: Sequence[int], drawn: Drawn) -> Experience:

@@ -1,0 +1,281 @@
+"""The real vLLM on a CPU, against the built-in sampler and the learner's own log-probs. Needs `make vllm`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from rlhf_cli.compose import compose
+from rlhf_cli.config import LoraSection
+from rlhf_cli.engine.comm import Comm
+from rlhf_cli.errors import GateError
+from rlhf_cli.models.lora import add_lora
+from rlhf_cli.models.tiny import tiny_config, tiny_tokenizer
+from rlhf_cli.rollout import builtin
+from rlhf_cli.rollout import vllm as backend
+from rlhf_cli.rollout.sampler import Decoding, Rollout
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("vllm") is None, reason="VLLM IS NOT INSTALLED, ITS ROLLOUTS ARE NOT TESTED: type make vllm"
+    ),
+]  # fmt: skip
+# The long prompt fills blocks of the key-value cache, which vLLM shares between prompts.
+PROMPTS = [[256, *(b"A long prompt, " * 12)], [256, *b"hm"], [256, *b"What is it?"]]
+CPU = Comm(torch.device("cpu"))
+GREEDY, WARM = Decoding(max_tokens=24, temperature=0.0), Decoding(max_tokens=24, temperature=0.7)
+
+
+def llama(seed: int = 0) -> Any:
+    """A small random Llama with heads that vLLM's CPU attention takes, and tied embeddings; one token in eight ends a response."""
+    from transformers import LlamaForCausalLM
+
+    config = tiny_config()
+    config.hidden_size, config.head_dim, config.tie_word_embeddings = 128, 32, True
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config).eval()
+        for p in model.parameters():
+            if p.ndim == 2:
+                nn.init.normal_(p, std=p.shape[1] ** -0.5)
+    model.generation_config.eos_token_id = [257, *range(60, 90)]
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    llama().save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+def config(*words: str) -> Any:
+    plain = [
+        "rollout=vllm",
+        "hardware.device=cpu",
+        "hardware.precision=fp32",
+        "hardware.threads=1",
+        "dataset.max_prompt_tokens=232",
+    ]
+    return compose("train", [*plain, "rollout.max_tokens=24", "rollout.rows=16", *words], None)
+
+
+class Bed:
+    """A learner, the built-in sampler on it, and a vLLM engine that gets its weights."""
+
+    def __init__(self, *words: str) -> None:
+        self.cfg = config(*words)
+        self.model = llama()
+        self.sampler = backend.make_sampler(self.cfg, self.model, tiny_tokenizer(), CPU)
+        self.counted: dict[str, float] = {}
+        self.learn(self.model)
+
+    def learn(self, model: Any) -> None:
+        """Make `model` the learner, and publish it."""
+        state = lambda: ((f"model.{k}", v) for k, v in (*model.named_parameters(), *model.named_buffers()))  # noqa: E731
+        self.learner: Any = SimpleNamespace(module=SimpleNamespace(model=model), full_state=state, moved=False)
+        self.own = builtin.make_sampler(self.cfg, model, tiny_tokenizer(), CPU)
+        self.own.eos = self.sampler.eos
+        self.publish = backend.make_publish(
+            self.cfg, self.sampler, model, self.learner, CPU, lambda numbers, stage: self.counted.update(numbers)
+        )
+        self.publish()
+
+    def step(self, size: float = 0.05) -> None:
+        """Move every weight of the learner a little."""
+        with torch.no_grad():
+            for p in self.learner.module.model.parameters():
+                p.add_(size * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+        self.learner.moved = True
+
+    def both(self, decoding: Decoding = GREEDY) -> tuple[Rollout, Rollout]:
+        seeds = list(range(len(PROMPTS)))
+        return self.own.sample(PROMPTS, 1, seeds, decoding), self.sampler.sample(PROMPTS, 1, seeds, decoding)
+
+    def agree(self) -> Rollout:
+        """Both draw the same best tokens with the same log-probs."""
+        ours, theirs = self.both()
+        assert theirs.ids == ours.ids and torch.equal(theirs.truncated, ours.truncated)
+        assert torch.allclose(theirs.logp, ours.logp, atol=1e-3)
+        return theirs
+
+
+@pytest.fixture(scope="module")
+def started() -> Iterator[Bed]:
+    bed = Bed()
+    yield bed
+    bed.sampler.close()
+
+
+@pytest.fixture
+def bed(started: Bed) -> Bed:
+    """With the first weights again."""
+    started.learn(llama())
+    return started
+
+
+def test_best_tokens_are_those_of_the_built_in_sampler(bed: Bed) -> None:
+    drawn = bed.agree()
+    assert not drawn.truncated.all() and all(ids[-1] in bed.sampler.eos for ids, t in zip(drawn.ids, drawn.truncated, strict=True) if not t)  # fmt: skip
+    ours, theirs = bed.both(Decoding(max_tokens=24, temperature=0.0, min_tokens=20))
+    assert theirs.ids == ours.ids and min(map(len, theirs.ids)) >= 20
+    letter = chr(max(i for ids in theirs.ids for i in ids if 33 <= i < 127))
+    ours, theirs = bed.both(Decoding(max_tokens=24, temperature=0.0, stop=(letter,), min_tokens=3))
+    assert theirs.ids == ours.ids and torch.equal(theirs.truncated, ours.truncated)
+
+
+def test_log_probs_are_the_learners_of_the_sampled_distribution(bed: Bed) -> None:
+    drawn = bed.sampler.sample(PROMPTS, 4, range(12), WARM)
+    assert len({tuple(ids) for ids in drawn.ids}) > 6
+    for i, ids in enumerate(drawn.ids):
+        prompt = PROMPTS[i // 4]
+        with torch.no_grad():
+            logits = bed.model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+        own = (logits / 0.7).log_softmax(-1).gather(-1, torch.tensor(ids)[:, None])[:, 0]
+        assert (own - drawn.logp[i, : len(ids)]).abs().max() < 1e-3
+
+
+def test_a_seed_draws_the_same_row_whatever_its_batch(bed: Bed) -> None:
+    drawn = bed.sampler.sample(PROMPTS, 2, range(6), WARM)
+    turned = bed.sampler.sample(PROMPTS[::-1], 2, [4, 5, 2, 3, 0, 1], WARM)
+    assert [turned.ids[i] for i in (4, 5, 2, 3, 0, 1)] == drawn.ids
+    assert bed.sampler.sample(PROMPTS, 2, range(1, 7), WARM).ids != drawn.ids
+
+
+def test_new_weights_arrive_everywhere(bed: Bed) -> None:
+    before = bed.agree()
+    for _ in range(2):
+        bed.step()
+        bed.publish()
+        assert bed.counted["changed_tensors"] == bed.counted["synced_tensors"] >= 14
+        assert bed.agree().ids != before.ids
+    assert bed.learner.moved is False
+
+
+def test_keys_and_values_of_old_weights_are_forgotten(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    bed.agree()
+    monkeypatch.setattr(bed.sampler.engine, "reset_prefix_cache", lambda: None)
+    bed.step()
+    bed.publish()
+    ours, theirs = bed.both()
+    assert theirs.ids[0] != ours.ids[0] or not torch.allclose(theirs.logp[0], ours.logp[0], atol=1e-3)
+    monkeypatch.undo()
+    bed.learn(bed.learner.module.model)
+    bed.agree()
+
+
+def test_a_sync_that_did_not_happen_stops_the_run(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    bed.step()
+    for call in ("update_weights", "start_weight_update", "finish_weight_update"):
+        monkeypatch.setattr(bed.sampler.engine, call, lambda *a: None)
+    with pytest.raises(
+        GateError, match=r"rank 0: vLLM after the sync: its weights did not change \(\d+ of \d+ tensors"
+    ):
+        bed.publish()
+
+
+def test_one_wrong_tensor_stops_the_run(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rlhf_cli.rollout import vllm_sync
+
+    real = vllm_sync.chunks
+
+    def damaged(weights: Any, most: int) -> Any:
+        for chunk in real(weights, most):
+            chunk["model.layers.1.self_attn.k_proj.weight"] = chunk["model.layers.1.self_attn.k_proj.weight"] * 1.001
+            yield chunk
+
+    bed.step()
+    monkeypatch.setattr(vllm_sync, "chunks", damaged)
+    with pytest.raises(
+        GateError, match=r"it holds other weights than were sent \(1 of \d+ tensors, first .*layers\.1.*k_proj"
+    ):
+        bed.publish()
+
+
+def test_an_update_that_changed_nothing_is_told(bed: Bed) -> None:
+    bed.learner.moved = True
+    with pytest.raises(GateError, match="did not change after an update"):
+        bed.publish()
+
+
+def test_adapters_reach_the_engine(bed: Bed) -> None:
+    before = bed.agree()
+    adapted = add_lora(llama(), LoraSection(r=4, alpha=16.0), 0)
+    bed.learn(adapted)
+    assert bed.agree().ids == before.ids  # an adapter adds 0 before training
+    with torch.no_grad():
+        for name, p in adapted.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.1, generator=torch.Generator().manual_seed(p.numel()))
+    bed.learner.moved = True
+    bed.publish()
+    assert bed.agree().ids != before.ids
+
+
+def test_a_server_on_this_machine_does_the_same() -> None:
+    bed = Bed("rollout.vllm.mode=server")
+    try:
+        before = bed.agree()
+        bed.step()
+        bed.publish()
+        assert bed.counted["changed_tensors"] == bed.counted["synced_tensors"]
+        assert bed.agree().ids != before.ids
+        drawn = bed.sampler.sample(PROMPTS, 2, range(6), WARM)
+        assert bed.sampler.sample(PROMPTS, 2, range(6), WARM).ids == drawn.ids
+    finally:
+        bed.sampler.close()
+
+
+# -- whole runs --------------------------------------------------------------------------------------------------------
+
+
+def rlhf(*words: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhf_cli.cli", *words], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if not k.startswith("time/")} for r in found]
+
+
+def test_a_run_trains_with_lora_and_resumes_where_it_was(folder: Path, tmp_path: Path) -> None:
+    reward = tmp_path / "varies.py"
+    reward.write_text("def score(responses):\n    return [sum(map(ord, r)) % 7 / 7 for r in responses]\n")
+    said = rlhf(
+        "train", "debug=tiny", "rollout=vllm", "model=path", f"model.path={folder}", "model.lora.r=4", "reward=python", f"reward.python.path={reward}:score",
+        "correction=truncated_token", "optim.lr=0.01", "steps=3", "hardware.device=cpu", "hardware.threads=1",
+        "dataset.max_prompt_tokens=512", f"run.dir={tmp_path}", "run.name=one", "checkpoint.keep=3", "rollout.rows=16",
+    )  # fmt: skip
+    run = tmp_path / "one"
+    made = rows(run)
+    assert [r["step"] for r in made] == [1, 2, 3]
+    for r in made:
+        assert r["policy/sampler_gap"] < 1e-4 and r["policy/sampler_gap_max"] < 1e-3
+        assert r["rollout/changed_tensors"] > 0 and r["correction/on"] == 0 and r["correction/weight"] == 1
+    assert (run / "logs" / "vllm-rank-0.log").stat().st_size > 0 and "INFO" not in said
+    again = tmp_path / "two"
+    shutil.copytree(run, again)
+    for late in (*(again / "checkpoints").glob("step-*3"), again / "export"):
+        shutil.rmtree(late)
+    (again / ".lock").unlink(missing_ok=True)
+    status = json.loads((again / "status.json").read_text())
+    (again / "status.json").write_text(json.dumps(status | {"status": "failed"}))
+    assert "2 of 3 steps done" in rlhf("resume", str(again))
+    assert rows(again) == made
