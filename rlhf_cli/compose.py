@@ -7,6 +7,7 @@ message names the key that is wrong and the nearest that exists.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 import sys
@@ -71,10 +72,15 @@ def multirun(config_name: str, overrides: list[str], config_dir: str | None, poi
     ConfigStore.instance().store(name="run_schema", node=schema())
     codes: list[int] = []
 
-    def task(cfg: DictConfig) -> None:
+    def task(cfg: DictConfig) -> float:
+        """Returns what a sweeper improves; NaN of a point that failed."""
+        from rlhf_cli.report.runs import metric_of
+
         runtime = HydraConfig.get()
         print(f"rlhf: sweep point {runtime.job.num + 1}: {runtime.job.override_dirname}", flush=True)
-        codes.append(point(finish(cfg, runtime.runtime.choices, catalog.defaults(config_name))))
+        code = point(finish(cfg, runtime.runtime.choices, catalog.defaults(config_name)))
+        codes.append(code)
+        return math.nan if code else metric_of(Path(cfg.run.dir) / cfg.run.name, cfg.sweep.metric)
 
     quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.output_subdir=null", "hydra.sweep.subdir=."]
     where = "hydra.sweep.dir=${run.dir}/sweeps/${now:%Y-%m-%d_%H-%M-%S}"

@@ -26,6 +26,7 @@ FREE = (
     "resume",
     "tracker",
     "launcher",
+    "sweep",
     "names",
     "input",
     "output",
