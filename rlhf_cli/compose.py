@@ -19,7 +19,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
@@ -211,7 +211,7 @@ def _check_group(
 
 
 def _options(o: Override) -> list[str]:
-    if o.is_choice_sweep():
+    if o.is_choice_sweep() and not isinstance(o._value, Glob):  # a glob matches what there is
         return [n for text in o.sweep_string_iterator() for n in text.strip("[]").split(",")]
     if o.is_sweep_override():
         return []

@@ -211,7 +211,7 @@ def _notes(found: Comparison) -> list[str]:
     if "prompts" in overs:
         lines.append("* One seed: bootstrap over held-out prompts, which says nothing about other seeds.")
     if pairs:
-        lines.append(f"Difference: paired by {' or '.join(sorted(_how(s, p) for s, p in pairs))}.")
+        lines += [f"Difference: {line}" for line in _how(pairs)]
     if len([r for r in found.rows if r.difference is not None]) > 1:
         lines.append("p is of each row alone, not corrected for the number of rows.")
     apart = [r for r in found.rows if r.baseline is None and r.configuration.runs]
@@ -222,12 +222,20 @@ def _notes(found: Comparison) -> list[str]:
     return lines
 
 
-def _how(seeds: int, prompts: int) -> str:
-    if not prompts:
-        return f"seed ({seeds}), t test" if seeds > 1 else "seed (1), no test"
-    if seeds == 1:
-        return f"prompt ({prompts}), t test; one seed says nothing about others"
-    return f"seed and prompt ({seeds} x {prompts}), t test with both random (Satterthwaite)"
+def _how(pairs: Iterable[tuple[int, int]]) -> list[str]:
+    """How differences were paired and tested; `pairs` are the numbers of seeds and prompts."""
+    both = sorted(p for p in pairs if p[0] > 1 and p[1])
+    lines = []
+    if both:
+        sizes = ", ".join(f"{s} x {n}" for s, n in both)
+        lines.append(
+            f"paired by seed and prompt ({sizes}); t test with both random, Satterthwaite's degrees of freedom."
+        )
+    if any(s == 1 and n for s, n in pairs):
+        lines.append("of one seed paired by prompt, t test; it says nothing about other seeds.")
+    if any(s and not n for s, n in pairs):
+        lines.append("paired by seed, t test over seeds; none with one seed.")
+    return lines
 
 
 def _left_out(found: Comparison) -> list[str]:
@@ -243,17 +251,17 @@ def _why(run: RunFiles) -> str:
 
 
 def duration(seconds: float) -> str:
-    """12 s, 7.1 min, 2.4 h."""
+    """0.5 s, 12 s, 7.1 min, 2.4 h."""
     if seconds < 90:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def count(number: float) -> str:
-    """812, 54.2k, 3.1M."""
+    """812, 54.2k, 3.12M."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
-            return f"{number / size:.1f}{unit}"
+            return f"{number / size:.3g}{unit}"
     return f"{number:.0f}"
 
 

@@ -25,15 +25,17 @@ def draw(configurations: Sequence[Configuration], metric: str, path: Path) -> No
     rewards = list(dict.fromkeys(_reward(c) for c in shown))
     metrics = list(dict.fromkeys((metric, "score/mean")))
     metrics = [m for m in metrics if any(r.series(m) for c in shown for r in c.runs)]
-    size = (5.2 * len(metrics), 3.2 * len(rewards) + 0.3 * math.ceil(len(shown) / 2) + 0.3)
+    size = (5.2 * len(metrics), 3.2 * len(rewards) + 0.15 * len(shown) + 0.4)
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(len(rewards), len(metrics), squeeze=False, sharex=True)
+    names = {id(c): _name(c, several_rewards=len(rewards) > 1) for c in shown}
+    order = list(dict.fromkeys(names.values()))
     lines = {}
     for row, reward in zip(panels, rewards, strict=True):
         for panel, name in zip(row, metrics, strict=True):
             _panel(panel, name, f"reward={reward}" if len(rewards) > 1 else "")
             for c in (x for x in shown if _reward(x) == reward):
-                lines[c.label] = _curve(panel, c, name, _style(shown.index(c)))
+                lines[names[id(c)]] = _curve(panel, c, name, _style(order.index(names[id(c)])))
     for panel in panels[-1]:
         panel.set_xlabel("step")
     several = max(len(c.runs) for c in shown) > 1 if shown else False
@@ -50,6 +52,12 @@ def draw(configurations: Sequence[Configuration], metric: str, path: Path) -> No
 
 def _reward(c: Configuration) -> str:
     return str(c.any.config.get("names", {}).get("reward", ""))
+
+
+def _name(c: Configuration, *, several_rewards: bool) -> str:
+    """Its label; where each reward has its panels, without the reward, so that a method keeps its color."""
+    kept = {k: v for k, v in c.settings.items() if k != "reward" or not several_rewards}
+    return ", ".join(f"{k}={v}" for k, v in kept.items()) or c.label
 
 
 def _style(i: int) -> dict[str, Any]:

@@ -76,9 +76,9 @@ def paired(differences: Sequence[Sequence[float]]) -> Estimate:
 
 
 def _t(mean: float, variance: float, df: float) -> Estimate:
-    """Interval and p of a mean whose estimated variance has `df` degrees of freedom."""
+    """Interval and p of a mean whose estimated variance has `df` degrees of freedom; equal values say nothing about theirs."""
     if variance <= 0:
-        return Estimate(mean, mean, mean, 1.0 if mean == 0 else 0.0)
+        return Estimate(mean)
     error = math.sqrt(variance)
     half = quantile(0.975, df) * error
     return Estimate(mean, mean - half, mean + half, 2 * cdf(-abs(mean) / error, df))

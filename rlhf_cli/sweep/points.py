@@ -52,7 +52,7 @@ class Command:
     @property
     def name(self) -> str:
         """The same for the same command, so that typing it again finds its points."""
-        keys = [_key(o).rpartition(".")[2] for o in self.swept] or ["point"]
+        keys = sorted(_key(o).rpartition(".")[2] for o in self.swept) or ["point"]
         return shorten("-".join(map(safe, keys)), "\n".join(self.definition), always=True)
 
     def words(self, values: dict[str, str]) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +219,8 @@ def _lock(path: Path) -> RunDir:
 def grid(opened: Sweep, listed: Sequence[Point]) -> None:
     """Run every point of a list that is not finished."""
     record = opened.record
+    known = {frozenset(e["overrides"]): e["name"] for e in record.data["points"]}  # the same words in another order
+    listed = [replace(p, name=known.get(frozenset(p.overrides), p.name)) for p in listed]
     record.add(listed, [["rlhf", *opened.argv(p)] for p in listed])
     record.settle()
     again = ("waiting", "interrupted", *(("failed", "submitted") if opened.settings.retry else ()))
