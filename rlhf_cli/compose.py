@@ -234,7 +234,7 @@ def _explain(error: Exception, config_name: str, asked: list[Override], config_d
     except FAULTS as e:
         return _of_file(e, config_dir)
     for o in asked:
-        if o in chosen:
+        if o in chosen or o.is_hydra_override():  # Hydra's own keys are not in a composed configuration
             continue
         wrong = explain_override(o, base, groups, config_dir)
         if wrong:

@@ -181,9 +181,7 @@ class SweepSection:
     direction: str = "maximize"  # search: maximize | minimize
     trials: int = 20  # search: points to try
     sampler: str = "tpe"  # search: tpe | random
-    pruner: str = (
-        "median"  # search: median (stops a trial that is worse than the median of the others at its step) | none
-    )
+    pruner: str = "median"  # search: median (stops a trial that is worse than the others' median at its step) | none
     startup: int = 5  # search: trials before the sampler and the pruner judge by the earlier ones
     seed: int = 0  # seeds the search, not the runs
 

@@ -92,8 +92,9 @@ def test_the_baseline_is_named_by_run_or_settings(runs: Path) -> None:
         rows = compare([runs], baseline=asked).rows
         assert rows[1].difference is None and rows[1].baseline is rows[1].configuration
         assert rows[0].difference is not None and rows[0].difference.mean == -3.5
-    assert compare([runs], baseline="optim.lr=5e-1").rows[0].baseline.label == "algo=rloo, optim.lr=0.5"
-    with pytest.raises(ConfigError, match="baseline=algo=ppo: no finished configuration; .* of: algo=grpo; algo=rloo"):
+    base = compare([runs], baseline="optim.lr=5e-1").rows[0].baseline
+    assert base is not None and base.label == "algo=rloo, optim.lr=0.5"
+    with pytest.raises(ConfigError, match=r"baseline=algo=ppo: no finished configuration; .* of: algo=grpo; algo=rloo"):
         compare([runs], baseline="algo=ppo")
 
 
@@ -130,7 +131,7 @@ def test_the_table(runs: Path) -> None:
     row = next(x for x in lines if x.startswith("  algo=grpo"))
     assert row.split() == ["algo=grpo", "2", "1", "-", "baseline", "60", "s", "100"], "equal seeds have no interval"
     row = next(x for x in lines if "optim.lr=0.5" in x)
-    assert "1, 1 failed" in row and "[0.9, 1.1]*" in row and "+0 [-2.484, +2.484]  1.000" in row
+    assert "1, 1 failed" in row and "[0.9, 1.1]*" in row and "+0 [-2.484, +2.484] " in row and " 1.000 " in row
     assert f"  {runs}/c2  failed  at step 2: no luck" in lines
     assert (
         "Difference: paired by seed and prompt (2 x 3); t test with both random, Satterthwaite's degrees of freedom."

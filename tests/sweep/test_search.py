@@ -70,7 +70,7 @@ def test_an_interrupted_search_goes_on_with_its_trial() -> None:
     first = points()[0]
     assert first["status"] == "interrupted" and study().trials[0].state.name == "RUNNING"
     assert search(*space, *SMALL, "steps=30", "sweep.trials=2") == 0
-    assert [t.state.name for t in study().trials][0] == "COMPLETE"
+    assert study().trials[0].state.name == "COMPLETE"
     assert points()[0]["overrides"] == first["overrides"] and points()[0]["tries"] == 2
     rates = [float(p["overrides"][0].removeprefix("optim.lr=")) for p in points()]
     assert len(set(rates)) == 2 and all(1e-4 <= r <= 1e-2 for r in rates)
@@ -80,9 +80,9 @@ def test_an_interrupted_search_goes_on_with_its_trial() -> None:
 def test_what_a_search_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="nothing to search"):
         search("steps=3")
-    with pytest.raises(ConfigError, match="optim.lr=-1|rollout.temperature=cold: wanted float"):
+    with pytest.raises(ConfigError, match=r"rollout.temperature=cold: wanted float"):
         search("rollout.temperature=choice(0.7,cold)")
-    with pytest.raises(ConfigError, match="sweep.sampler=tpa: no such sampler; did you mean 'tpe'"):
+    with pytest.raises(ConfigError, match=r"sweep.sampler=tpa: no such sampler; did you mean 'tpe'"):
         search("seed=1,2", "sweep.sampler=tpa")
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ConfigError, match=r"needs optuna; type: pip install 'rlhf-cli\[sweep\]'"):

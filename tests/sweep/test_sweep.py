@@ -89,9 +89,9 @@ def test_one_failure_does_not_stop_the_rest_and_is_retried_on_request(capfd: pyt
 
 
 def test_a_wrong_point_starts_none(capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ConfigError, match="seed=x: wanted int"):
+    with pytest.raises(ConfigError, match=r"seed=x: wanted int"):
         sweep("seed=1,x")
-    with pytest.raises(ConfigError, match="sweep.paralel: unknown key; did you mean 'parallel'"):
+    with pytest.raises(ConfigError, match=r"sweep.paralel: unknown key; did you mean 'parallel'"):
         sweep("seed=1,2", "sweep.paralel=2")
     assert not Path("runs").exists()
 
