@@ -247,8 +247,10 @@ def _left_out(found: Comparison) -> list[str]:
 
 
 def _why(run: RunFiles) -> str:
-    reason = " ".join(str(run.status.get("reason", "")).split())
-    return f"at step {run.status.get('step', 0)}{f': {reason}' if reason else ''}"[:200] if run.status else ""
+    """`at step 3: GateError: ...`, as far as known."""
+    reason = " ".join(str(run.error or run.status.get("reason", "")).split())
+    step = f"at step {run.status['step']}" if run.status else ""
+    return ": ".join(filter(None, (step, reason)))[:200]
 
 
 def duration(seconds: float) -> str:

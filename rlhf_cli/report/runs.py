@@ -25,6 +25,7 @@ class RunFiles:
 
     path: Path
     noted: str = ""  # what sweep.json says of it
+    error: str = ""  # and why it failed
 
     @cached_property
     def config(self) -> Row:
@@ -118,7 +119,7 @@ def _below(path: Path, depth: int) -> Iterator[RunFiles]:
     record = path / "sweep.json"
     if record.exists():
         points = json.loads(record.read_text(encoding="utf-8"))["points"]
-        yield from (RunFiles(path / p["name"], p["status"]) for p in points)
+        yield from (RunFiles(path / p["name"], p["status"], p.get("error", "")) for p in points)
     elif (path / "config.yaml").exists():
         yield RunFiles(path)
     elif depth:

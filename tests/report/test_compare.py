@@ -144,14 +144,14 @@ def test_a_sweep_is_read_from_its_record(tmp_path: Path) -> None:
     made(tmp_path / "s" / "seed=2", [5.0, 6.0], seed=2, status="preempted")
     points = [
         {"name": "seed=1", "status": "finished"},
-        {"name": "seed=2", "status": "pruned"},
+        {"name": "seed=2", "status": "pruned", "error": "too low"},
         {"name": "seed=3", "status": "waiting"},
     ]
     (tmp_path / "s" / "sweep.json").write_text(json.dumps({"points": points}))
     found = compare([tmp_path])
     assert found.rows[0].configuration.seeds == [1] and found.rows[0].configuration.label == "all runs"
     shown = text(found)
-    assert "1, 1 pruned" in shown and "seed=2  pruned" in shown and "seed=3  waiting" in shown
+    assert "1, 1 pruned" in shown and "seed=2  pruned  at step 2: too low" in shown and "seed=3  waiting" in shown
 
 
 def test_csv_and_plot(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
