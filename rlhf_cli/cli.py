@@ -61,15 +61,25 @@ def start(cfg: DictConfig) -> int:
 
 
 def sweep_point(cfg: DictConfig) -> int:
-    """One run of a sweep; its failure must not stop the others."""
+    """One run of a sweep by Hydra; its failure must not stop the others."""
     return guard(lambda: start(cfg))
+
+
+def many(request: Request) -> int:
+    """`train -m`: our own sweep, or Hydra where one of its launchers or other sweepers is asked for."""
+    from rlhf_cli.sweep.run import ours, sweep
+
+    words = ours(request.words)
+    if words is not None:
+        return sweep(words, request.config_dir)
+    from rlhf_cli.compose import multirun
+
+    return multirun("train", request.words, request.config_dir, sweep_point)
 
 
 def train(request: Request) -> int:
     if request.multirun and not request.cfg:
-        from rlhf_cli.compose import multirun
-
-        return multirun("train", request.words, request.config_dir, sweep_point)
+        return many(request)
     cfg = compose(request)
     if not request.cfg:
         return start(cfg)
@@ -90,7 +100,7 @@ def plan(request: Request) -> int:
 
 
 def resume(request: Request) -> int:
-    if not request.words or "=" in request.words[0]:
+    if not request.words or ("=" in request.words[0] and not Path(request.words[0]).exists()):
         raise ConfigError("resume: which run? type rlhf resume RUN, e.g. rlhf resume runs/NAME")
     run, *overrides = request.words
     from rlhf_cli.launch.local import resume as again
@@ -128,6 +138,12 @@ def run_verb(request: Request, words: list[str] | None = None) -> int:
     from rlhf_cli.launch.local import run_verb as run
 
     return run(request.verb, cfg) or DONE
+
+
+def compare(request: Request) -> int:
+    from rlhf_cli.report.compare import main as compared
+
+    return compared(request.words)
 
 
 def list_options(request: Request) -> int:
@@ -178,6 +194,7 @@ RUN: dict[str, Callable[[Request], int]] = {
     "eval": on_model,
     "generate": on_model,
     "score": run_verb,
+    "compare": compare,
     "list": list_options,
     "show": show,
     "plan": plan,

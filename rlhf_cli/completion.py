@@ -78,6 +78,9 @@ def _candidates(verb: str, config: str, before: list[str], word: str, config_dir
         yield from _settings(config, before, word, known)
     if verb in ("resume", "eval", "generate") and not before and "=" not in word:
         yield from _folders(word or "runs/")
+    if verb == "compare":
+        yield from ("baseline=", "metric=", "csv=", "plot=")
+        yield from _folders(word or "runs/")
     if verb == "list":
         yield from known
     if verb == "show":

@@ -7,6 +7,7 @@ message names the key that is wrong and the nearest that exists.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 import sys
@@ -18,7 +19,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
@@ -76,10 +77,15 @@ def multirun(config_name: str, overrides: list[str], config_dir: str | None, poi
     ConfigStore.instance().store(name="run_schema", node=schema())
     codes: list[int] = []
 
-    def task(cfg: DictConfig) -> None:
+    def task(cfg: DictConfig) -> float:
+        """Returns what a sweeper improves; NaN of a point that failed."""
+        from rlhf_cli.report.runs import metric_of
+
         runtime = HydraConfig.get()
         print(f"rlhf: sweep point {runtime.job.num + 1}: {runtime.job.override_dirname}", flush=True)
-        codes.append(point(finish(cfg, runtime.runtime.choices, catalog.defaults(config_name))))
+        code = point(finish(cfg, runtime.runtime.choices, catalog.defaults(config_name)))
+        codes.append(code)
+        return math.nan if code else metric_of(Path(cfg.run.dir) / cfg.run.name, cfg.sweep.metric)
 
     quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.output_subdir=null", "hydra.sweep.subdir=."]
     where = "hydra.sweep.dir=${run.dir}/sweeps/${now:%Y-%m-%d_%H-%M-%S}"
@@ -210,7 +216,7 @@ def _check_group(
 
 
 def _options(o: Override) -> list[str]:
-    if o.is_choice_sweep():
+    if o.is_choice_sweep() and not isinstance(o._value, Glob):  # a glob matches what there is
         return [n for text in o.sweep_string_iterator() for n in text.strip("[]").split(",")]
     if o.is_sweep_override():
         return []
@@ -233,7 +239,7 @@ def _explain(error: Exception, config_name: str, asked: list[Override], config_d
     except FAULTS as e:
         return _of_file(e, config_dir)
     for o in asked:
-        if o in chosen:
+        if o in chosen or o.is_hydra_override():  # Hydra's own keys are not in a composed configuration
             continue
         wrong = explain_override(o, base, groups, config_dir)
         if wrong:

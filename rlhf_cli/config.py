@@ -201,6 +201,23 @@ class RewardWorkersSection:
 
 
 @dataclass
+class SweepSection:
+    """`rlhf train -m`: where its points lie, how they run, what a search improves; see docs/sweeps.md."""
+
+    dir: str = ""  # folder that holds sweeps; empty: run.dir/sweeps
+    name: str = ""  # folder of this sweep inside it; empty: made from what is swept
+    parallel: int = 1  # points run side by side, each with its share of the cores or GPUs
+    retry: bool = False  # run failed points again
+    metric: str = ""  # search: number of a run to improve; empty: eval/reward, without held-out prompts score/mean
+    direction: str = "maximize"  # search: maximize | minimize
+    trials: int = 20  # search: points to try
+    sampler: str = "tpe"  # search: tpe | random
+    pruner: str = "median"  # search: median (stops a trial that is worse than the others' median at its step) | none
+    startup: int = 5  # search: trials before the sampler and the pruner judge by the earlier ones
+    seed: int = 0  # seeds the search, not the runs
+
+
+@dataclass
 class Root:
     """Every key that a configuration may have."""
 
@@ -218,6 +235,7 @@ class Root:
     dataset: DatasetSection = field(default_factory=DatasetSection)
     hardware: HardwareSection = field(default_factory=HardwareSection)
     rollout: RolloutSection = field(default_factory=RolloutSection)
+    sweep: SweepSection = field(default_factory=SweepSection)
     learners: dict[str, LearnerSection] = field(default_factory=dict)
     source: Any = None  # conf/source
     reward: Any = None  # conf/reward: name -> scorer with a weight

@@ -43,12 +43,17 @@ def reward_processes(cfg: Any) -> int:
 
 
 def _gpus() -> int:
+    return len(visible_gpus())
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that a process started here would see, as CUDA_VISIBLE_DEVICES names them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return len([x for x in visible.split(",") if x.strip() and x.strip() != "-1"])
+        return [x.strip() for x in visible.split(",") if x.strip() and x.strip() != "-1"]
     if not shutil.which("nvidia-smi"):
-        return 0
-    return len([p for p in Path("/dev").glob("nvidia[0-9]*") if p.name[6:].isdigit()])
+        return []
+    return [str(i) for i in range(len([p for p in Path("/dev").glob("nvidia[0-9]*") if p.name[6:].isdigit()]))]
 
 
 def _cpu_has(flag: str) -> bool:

@@ -24,7 +24,8 @@ _COMPOSING = """\
   --cfg job         print the composed configuration and stop
   --config-dir DIR  add your own groups and options, e.g. DIR/algo/mine.yaml"""
 _SWEEP = """
-  -m, --multirun    run every combination of comma-separated values: algo=grpo,rloo seed=1,2"""
+  -m, --multirun    run every combination of comma-separated values: algo=grpo,rloo seed=1,2; typed again it goes on;
+                    hydra/sweeper=optuna searches instead: 'optim.lr=tag(log,interval(1e-6,1e-4))' sweep.trials=20"""
 _TRAIN_KEYS = (
     *_SIZES,
     "optim.lr",
@@ -35,6 +36,8 @@ _TRAIN_KEYS = (
     "run.dir",
     "run.name",
     "resume",
+    "sweep.parallel",
+    "sweep.retry",
 )
 
 VERBS: dict[str, Verb] = {
@@ -85,6 +88,18 @@ VERBS: dict[str, Verb] = {
         ("input", "output", "dataset.columns", "hardware.device"),
         _COMPOSING,
         "score",
+    ),
+    "compare": Verb(
+        "compare runs or the points of a sweep, seeds collapsed",
+        "rlhf compare DIR|RUN ... [baseline=NAME|SETTINGS] [metric=NAME] [csv=FILE] [plot=FILE]",
+        (
+            "rlhf compare runs/sweeps/NAME baseline=algo=grpo",
+            "rlhf compare runs/first runs/second metric=score/mean csv=table.csv plot=curves.png",
+        ),
+        more="""\
+  DIR holds runs or is a sweep. Runs that differ only in their seed are one row; unfinished runs are named, not counted.
+  baseline          a run's name, or settings that its row has; default: the first row of each reward
+  metric            a number of evaluations.jsonl or metrics.jsonl; default: eval/reward, else score/mean""",
     ),
     "list": Verb(
         "list the groups, or the options of one",

@@ -72,7 +72,7 @@ def test_help_lists_every_verb_with_a_line(capsys: pytest.CaptureFixture[str]) -
         for name, verb in VERBS.items():
             assert f"  {name:<12}{verb.line}\n" in out
     assert set(VERBS) == set(cli.RUN)
-    assert " ".join(VERBS) == "train resume eval generate score list show plan doctor completion"
+    assert " ".join(VERBS) == "train resume eval generate score compare list show plan doctor completion"
 
 
 @pytest.mark.parametrize("verb", list(VERBS))
@@ -161,17 +161,22 @@ def test_eval_generate_score(called: list[tuple]) -> None:
     assert sc.names.reward == "bleu+length" and set(sc.reward) == {"bleu", "length"}
 
 
-def test_multirun_runs_every_point(called: list[tuple], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+HYDRA = "hydra/launcher=basic"  # any launcher of Hydra's hands the sweep to Hydra
+
+
+def test_multirun_by_hydra_runs_every_point(
+    called: list[tuple], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     before = list(sys.argv)
-    assert cli.main(["train", "-m", "seed=1,2", "reward=bleu,[bleu,length]"]) == 0
+    assert cli.main(["train", "-m", HYDRA, "seed=1,2", "reward=bleu,[bleu,length]"]) == 0
     points = [(cfg.seed, cfg.names.reward) for name, cfg in called if name == "launch"]
     assert points == [(1, "bleu"), (1, "bleu+length"), (2, "bleu"), (2, "bleu+length")]
     assert sys.argv == before
 
 
-def test_multirun_outlives_a_failed_point(
+def test_multirun_by_hydra_outlives_a_failed_point(
     called: list[tuple], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(cfg: object) -> None:
@@ -182,19 +187,25 @@ def test_multirun_outlives_a_failed_point(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     monkeypatch.setattr(sys.modules["rlhf_cli.launch.local"], "launch", refuse)
-    assert cli.main(["train", "-m", "seed=1,2"]) == 3
+    assert cli.main(["train", "-m", HYDRA, "seed=1,2"]) == 3
     assert [cfg.seed for name, cfg in called if name == "launch"] == [2]
     assert capsys.readouterr().err == "rlhf: error: rank 0, step 3: no\n"
 
 
-def test_multirun_checks_all_points_first(
-    called: list[tuple], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("words", [(), (HYDRA,)])
+def test_multirun_checks_what_it_is_given(
+    words: tuple[str, ...],
+    called: list[tuple],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    assert error(capsys, "train", "-m", "seed=1,x").startswith("seed=x: wanted int, e.g. seed=0; it is: ")
-    assert error(capsys, "train", "-m", "algo=grpo,grop").startswith("algo=grop: no such option; did you mean 'grpo'?")
-    assert called == []
+    assert error(capsys, "train", "-m", *words, "seed=1,x").startswith("seed=x: wanted int, e.g. seed=0; it is: ")
+    wrong = error(capsys, "train", "-m", *words, "algo=grpo,grop")
+    assert wrong.startswith("algo=grop: no such option; did you mean 'grpo'?")
+    assert not [name for name, _ in called if name == "launch"]
 
 
 def test_config_dir_adds_options(called: list[tuple], mine: Path, capsys: pytest.CaptureFixture[str]) -> None:

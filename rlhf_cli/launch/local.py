@@ -28,6 +28,7 @@ FREE = (
     "resume",
     "tracker",
     "launcher",
+    "sweep",
     "names",
     "input",
     "output",

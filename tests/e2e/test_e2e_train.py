@@ -106,16 +106,6 @@ def test_lora_trains_adapters_and_exports_merged_weights(train: Train, rlhf: Rlh
     assert kl[0] == 0.0 and kl[1] > 0.0, "the reference is the model without the adapter"
 
 
-def test_two_seeds_make_two_runs(rlhf: Rlhf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    done = rlhf("train", "-m", "seed=1,2", *TINY, "reward=length", f"run.dir={tmp_path / 'runs'}")
-    assert done.code == 0, done.err
-    first, second = sorted(p.parent for p in (tmp_path / "runs").glob("*/status.json"))
-    check_finished(first)
-    check_finished(second)
-    assert e2e.numbers(first)["samples.jsonl"] != e2e.numbers(second)["samples.jsonl"]
-
-
 def test_the_negative_control_runs(train: Train) -> None:
     plain, shuffled = train("a", "reward=length"), train("b", "reward=length", "debug.shuffled_reward=true")
     check_finished(shuffled)

@@ -1,0 +1,1 @@
+"""Sweeps: `rlhf train -m`."""

@@ -1,0 +1,74 @@
+"""What the terminal shows of a sweep: lines that stay, and below them one line per running point."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf_cli.report.compare import duration
+
+TAIL = 65536  # bytes at the end of metrics.jsonl that surely hold a whole row
+
+
+class Board:
+    """`say` prints a line; on a terminal `show` keeps the running points up to date."""
+
+    def __init__(self) -> None:
+        self.live: Any = None
+        self._lines: list[str] = []
+        if sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb":
+            from rich.live import Live
+
+            self.live = Live(get_renderable=self._renderable, refresh_per_second=2, transient=True)
+            self.live.start()
+
+    def say(self, text: str) -> None:
+        if self.live is None:
+            print(text, flush=True)
+        else:
+            self.live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def show(self, running: Mapping[str, tuple[Path, float]]) -> None:
+        """`running`: point -> its folder and the seconds it has taken."""
+        if self.live is not None:
+            self._lines = [f"  {name}  {progress(path)}, {duration(s)}" for name, (path, s) in running.items()]
+
+    def close(self) -> None:
+        if self.live is not None:
+            self.live.stop()
+            self.live = None
+
+    def _renderable(self) -> Any:
+        from rich.text import Text
+
+        return Text("\n".join(self._lines), no_wrap=True, overflow="ellipsis")
+
+
+def progress(path: Path) -> str:
+    """`step 12, score 0.213`, or the phase before the first step."""
+    row = last_row(path / "metrics.jsonl")
+    if row is not None:
+        score = row.get("score/mean")
+        return f"step {row['step']}" + (f", score {score:.3f}" if isinstance(score, float) else "")
+    try:
+        return json.loads((path / "status.json").read_text(encoding="utf-8")).get("phase") or "starts"
+    except (OSError, ValueError):
+        return "starts"
+
+
+def last_row(path: Path) -> dict[str, Any] | None:
+    """The last whole row of a file that another process appends to."""
+    try:
+        with path.open("rb") as f:
+            f.seek(max(0, f.seek(0, os.SEEK_END) - TAIL))
+            lines = f.read().split(b"\n")[:-1]
+    except OSError:
+        return None
+    try:
+        return json.loads(lines[-1]) if lines else None
+    except ValueError:
+        return None
