@@ -56,6 +56,10 @@ class Child:
             raise RuntimeError(f"{self.name} ended with status {code}:\n{tail}")
         return json.loads(line)
 
+    def ended(self) -> bool:
+        """Whether the process is gone."""
+        return self._process.poll() is not None
+
     def quit(self) -> None:
         """Ask it to end, and make sure of it."""
         try:

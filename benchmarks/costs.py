@@ -21,7 +21,7 @@ from typing import Any
 
 import flops
 from channel import Child, measured
-from grpo_step import RESULTS, save
+from grpo_step import RESULTS, save, spoken
 from machine import describe
 from models import folder_of
 from summary import at_most, fit
@@ -174,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--out", default="", help="result file; default: benchmarks/results/costs-DATE.json")
     args = p.parse_args(argv)
     args.threads = args.threads or len(os.sched_getaffinity(0))
-    command = " ".join(["python benchmarks/costs.py", *(argv or sys.argv[1:])])
+    command = spoken("costs.py", sys.argv[1:] if argv is None else argv)
     result: dict[str, Any] = {
         **describe(args.device, args.threads), "command": command, "model": args.model, "precision": args.precision,
         "workload": vars(WORKLOADS[args.workload]),

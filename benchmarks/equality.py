@@ -75,7 +75,7 @@ def plain(model: Any, exp: Any) -> tuple[float, dict[str, Any]]:
     for index in torch.arange(len(exp)).split(2):
         share = row_losses(model, exp.rows(index)).sum() / len(exp)
         share.backward()
-        loss += float(share)
+        loss += float(share.detach())
     return loss, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +51,15 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
-def alternate(ours: Child | None, theirs: Child | None, steps: int) -> list[list[dict[str, Any]]]:
-    """Records of both sides, one step each in turn."""
-    found: list[list[dict[str, Any]]] = [[], []]
+Steps = list[dict[str, Any]]
+
+
+def alternate(sides: Sequence[tuple[Child | None, Steps]], steps: int) -> None:
+    """One step of each side in turn; each adds its records to its list."""
     for _ in range(steps):
-        for side, child in enumerate((ours, theirs)):
+        for child, found in sides:
             if child is not None:
-                found[side].append(child.ask("step"))
-    return found
+                found.append(child.ask("step"))
 
 
 def compare(job: Job, tries: Sequence[int], args: argparse.Namespace, work: Path) -> dict[str, Any]:
@@ -65,40 +67,34 @@ def compare(job: Job, tries: Sequence[int], args: argparse.Namespace, work: Path
     w = job.workload
     sizes = [n for n in tries if n <= w.rows and w.rows % n == 0] or [w.rows]
     entry: dict[str, Any] = {"workload": vars(w), "precision": job.precision, "trl": {}}
-    with Child("ours.py", job.dumps(), work / "ours.log") if args.only != "trl" else _nobody() as ours:
+    with Child("ours.py", job.dumps(), work / "ours.log") if args.only != "trl" else nullcontext() as ours:
         if ours:
             entry["ours"] = {**ours.ask(), "steps": []}
-        for n in sizes if args.only != "ours" else [0]:
-            if not n:
-                entry["ours"]["steps"] += alternate(ours, None, args.steps)[0]
-                break
-            theirs = Job(**{**vars(job), "rows": n})
-            with Child("trl_side.py", theirs.dumps(), work / f"trl-{n}.log") as child:
-                try:
-                    entry["trl"][str(n)] = child.ask()
-                    mine, other = alternate(ours, child, args.steps)
-                except RuntimeError as e:  # too much memory, say; the others still count
-                    if "trl_side" not in str(e):
-                        raise
-                    entry["trl"][str(n)] = {"failed": str(e)[-400:]}
-                    print(f"  trl, {n} rows: {str(e).splitlines()[-1]}", flush=True)
-                    continue
-            entry["trl"][str(n)]["steps"] = other
-            if ours:
-                entry["ours"]["steps"] += mine
-            print(
-                f"  trl, {n} rows: {seconds(other):.2f} s/step" + (f"; ours {seconds(mine):.2f}" if mine else ""),
-                flush=True,
-            )
+        if args.only == "ours":
+            alternate([(ours, entry["ours"]["steps"])], args.steps)
+            return entry
+        mine: Steps = entry["ours"]["steps"] if ours else []
+        for n in sizes:
+            theirs = Job(**{**vars(job), "rows": n, "start": len(mine)})
+            entry["trl"][str(n)] = against(ours, mine, theirs, args.steps, work)
     return entry
 
 
-class _nobody:  # noqa: N801 - stands where a Child would
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        pass
+def against(ours: Child | None, mine: Steps, theirs: Job, steps: int, work: Path) -> dict[str, Any]:
+    """TRL at one micro-batch, in turn with ours, whose steps are added to `mine`."""
+    other: Steps = []
+    with Child("trl_side.py", theirs.dumps(), work / f"trl-{theirs.rows}.log") as child:
+        try:
+            found = child.ask()
+            alternate([(ours, mine), (child, other)], steps)
+        except RuntimeError as e:  # too much memory, say; the others still count
+            if ours is not None and ours.ended():
+                raise
+            print(f"  trl, {theirs.rows} rows: {e}", flush=True)
+            return {"failed": str(e).splitlines()[-1]}
+    text = f"  trl, {theirs.rows} rows: {seconds(other):.2f} s/step"
+    print(text + (f"; ours {seconds(mine[-steps:]):.2f}" if ours else ""), flush=True)
+    return {**found, "steps": other}
 
 
 def seconds(steps: Sequence[dict[str, Any]]) -> float:
@@ -137,6 +133,11 @@ def one(w: Workload, precision: str, args: argparse.Namespace, work: Path) -> di
     return entry
 
 
+def spoken(script: str, words: Sequence[str]) -> str:
+    """The command line as it goes into a result: files by their names, since folders mean nothing elsewhere."""
+    return " ".join(["python", f"benchmarks/{script}", *(Path(w).name if "/" in w else w for w in words)])
+
+
 def save(path: Path, result: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -145,7 +146,7 @@ def save(path: Path, result: dict[str, Any]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
     args.threads = args.threads or len(os.sched_getaffinity(0))
-    command = " ".join(["python benchmarks/grpo_step.py", *(argv or sys.argv[1:])])
+    command = spoken("grpo_step.py", sys.argv[1:] if argv is None else argv)
     result: dict[str, Any] = {
         **describe(args.device, args.threads),
         "command": command,

@@ -21,8 +21,8 @@ EQUAL = {"float64": 1e-10, "float32": 1e-5}  # largest relative difference of lo
 
 
 def side(record: Mapping[str, Any], d: flops.Decoder, name: str, peak: Mapping[str, float]) -> dict[str, Any]:
-    """Medians over all steps but the first of each process, and shares of the peaks."""
-    steps = [s for s in record["steps"] if s["step"] > 0] or record["steps"]
+    """Medians over all steps but the first of the process, and shares of the peaks."""
+    steps = record["steps"][1:] or record["steps"]
     names = list(steps[0]["seconds"])
     spent = {p: statistics.median(s["seconds"].get(p, 0.0) for s in steps) for p in names}
     work = flops.phases(d, steps[0]["groups"], name)
@@ -93,6 +93,8 @@ def targets(entry: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, dic
     for dtype, gap in entry.get("equality", {}).items():
         made[f"loss, {dtype}"] = at_most(gap["loss"], EQUAL[dtype])
         made[f"gradient, {dtype}"] = at_most(gap["gradient"], EQUAL[dtype])
+        if "fast_against_float64" in gap:
+            made[f"gradient, {dtype} against float64"] = at_most(gap["fast_against_float64"]["gradient"], EQUAL[dtype])
     return made
 
 

@@ -13,8 +13,12 @@ BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 
 def steps(result: Mapping[str, Any]) -> Iterator[str]:
     """One row per workload and precision of grpo_step.py."""
-    yield "| workload | precision | ours, s (rollout, reference, update) | tokens/s | TRL, s (rows per forward) | throughput, ours / TRL | peak memory, ours / TRL, GB | update, rollout: share of the matrix peak |"
-    yield "|---|---|---|---|---|---|---|---|"
+    names = [
+        "workload", "precision", "ours, s (rollout, reference, update)", "ours, tokens/s", "TRL, s (its rows per forward)",
+        "throughput, ours / TRL", "peak memory, ours / TRL, GB", "share of the matrix peak: update, rollout",
+    ]  # fmt: skip
+    yield f"| {' | '.join(names)} |"
+    yield "|---" * len(names) + "|"
     for entry in result["entries"]:
         yield step(entry)
 
@@ -38,15 +42,17 @@ def step(entry: Mapping[str, Any]) -> str:
 
 def equality(result: Mapping[str, Any]) -> Iterator[str]:
     """One row per comparison of the fast path with the plain one."""
-    yield "| workload | dtype | loss, relative difference | gradient, relative difference |"
-    yield "|---|---|---|---|"
+    yield "| workload | dtype | loss, relative difference | gradient, relative difference | of it, fast and plain path against float64 |"
+    yield "|---|---|---|---|---|"
     done = set()
     for entry in result["entries"]:
         for dtype, gap in entry.get("equality", {}).items():
             key = (entry["workload"]["name"], dtype)
             if key not in done:
                 done.add(key)
-                yield f"| {key[0]} | {dtype} | {gap['loss']:.1e} | {gap['gradient']:.1e} |"
+                sides = [gap[k]["gradient"] for k in ("fast_against_float64", "plain_against_float64") if k in gap]
+                own = ", ".join(f"{x:.1e}" for x in sides)
+                yield f"| {key[0]} | {dtype} | {gap['loss']:.1e} | {gap['gradient']:.1e} | {own} |"
 
 
 def costs(result: Mapping[str, Any]) -> Iterator[str]:
@@ -72,7 +78,8 @@ def heading(result: Mapping[str, Any]) -> str:
     h, v = result["hardware"], result["versions"]
     where = f"{h['accelerator']}, " if h["accelerator"] else ""
     versions = ", ".join(f"{k} {v[k]}" for k in ("torch", "transformers", "deepspeed", "trl") if v.get(k))
-    return f"{result['date']}; {where}{h['cpu']}, {h['cores']} cores, {h['threads']} threads, {h['memory_gib']} GiB; {versions}; `{result['command']}`"
+    machine = f"{where}{h['cpu']}, {h['cores']} cores, {h['threads']} threads, {h['memory_gib']} GiB"
+    return f"{result['date']}; {machine}; {versions}; `{result['command']}`"
 
 
 def text(results: Sequence[Mapping[str, Any]]) -> str:

@@ -28,8 +28,8 @@ LR = 1e-6
 class Paced(TrainerCallback):
     """Waits for a request before every step and answers after it."""
 
-    def __init__(self, meter: Meter, answers: Answers, facts: dict[str, Any]) -> None:
-        self.meter, self.answers, self.facts = meter, answers, facts
+    def __init__(self, meter: Meter, answers: Answers, facts: dict[str, Any], start: int) -> None:
+        self.meter, self.answers, self.facts, self.start = meter, answers, facts, start
         self.taken = ""
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
@@ -39,7 +39,7 @@ class Paced(TrainerCallback):
         self.meter.begin("update")  # whatever is no rollout, reward or reference pass
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        self.answers.send({"step": state.global_step - 1, **self.meter.end(), **self.facts})
+        self.answers.send({"step": self.start + state.global_step - 1, **self.meter.end(), **self.facts})
 
 
 class Timed(GRPOTrainer):
@@ -72,7 +72,7 @@ def make(job: Job, out: str, facts: dict[str, Any], meter: Meter, answers: Answe
     """The trainer of a job."""
     w, low = job.workload, job.precision == "bf16"
     lines = (Path(job.records) / "order.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(x) for x in lines]
+    rows = [json.loads(x) for x in lines[job.start * w.prompts :]]
     data = [{"prompt": [{"role": "user", "content": r["prompt"]}], "reference": r["references"]} for r in rows]
     bleu = sacrebleu.metrics.BLEU(effective_order=True)
 
@@ -110,7 +110,7 @@ def main() -> None:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as out:
         trainer = make(job, out, facts, meter, answers)
-        paced = Paced(meter, answers, facts)
+        paced = Paced(meter, answers, facts, job.start)
         trainer.add_callback(paced)
         load = meter.end()
         answers.send({"load_seconds": time.perf_counter() - began, "load_peak_gb": load["step_peak_gb"]})

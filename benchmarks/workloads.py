@@ -51,6 +51,7 @@ class Job:
     model: str  # folder of weights and tokenizer
     records: str  # folder that `write` filled
     rows: int = 0  # rows per forward, where the side cannot choose itself
+    start: int = 0  # the step of the workload's order that the process begins with, where it can choose
     extra: tuple[str, ...] = ()  # more settings of ours
 
     def dumps(self) -> str:
@@ -74,7 +75,7 @@ def read(data: str) -> list[dict[str, str]]:
 
 
 def write(folder: Path, data: str, tokenizer: Any, workload: Workload) -> None:
-    """Write the records of a workload into `folder`: train.jsonl in the order of use, heldout.jsonl, and the settings' order.
+    """Write the records of a workload into `folder`: train.jsonl, heldout.jsonl and order.jsonl.
 
     Ours visits records in a permutation of its own, so `order.jsonl` holds them as it will come to them, which is the
     order in which the other side gets them.
