@@ -12,7 +12,7 @@ TEXT := README.md CONTRIBUTING.md SECURITY.md CHANGELOG.md docs rlhf_cli conf sc
 TEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup vllm train test test-fast lint type fmt clean
+.PHONY: help setup vllm train test test-fast bench bench-check lint type fmt clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1|/' | awk -F'|' '{printf "  make %-10s %s\n", substr($$1, 3), $$2}'
@@ -45,6 +45,13 @@ test: $(STAMP)  ## run every test, whole training runs included
 
 test-fast: $(STAMP)  ## run the tests that take less than a few seconds each
 	$(TEST) -m "not slow" $(ARGS)
+
+bench: $(STAMP)  ## measure speed and memory against TRL and write benchmarks/results/ (ARGS="--workloads W1 --data FILE"; docs/speed.md)
+	$(PIP) -c constraints.txt -e '.[dev,bench]'
+	$(BIN)/python benchmarks/grpo_step.py $(ARGS)
+
+bench-check: $(STAMP)  ## fail when a step is slower than 85 % of the stored speed of this kind of machine
+	$(BIN)/python benchmarks/check.py $(ARGS)
 
 lint: $(STAMP)  ## check style, spelling and YAML
 	$(BIN)/ruff check .

@@ -38,7 +38,7 @@ def test_list_counts_the_options_of_every_group() -> None:
 
 def test_list_group_shows_first_comment_lines_and_marks_the_default() -> None:
     text = list_text("hardware")
-    assert "  auto *         What this machine has" in text
+    assert "  auto *              What this machine has" in text
     assert (
         "  zero2          ZeRO stage 2, gradients are sharded too. Rajbhandari et al., ZeRO, arXiv:1910.02054" in text
     )

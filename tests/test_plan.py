@@ -248,7 +248,7 @@ def test_auto_hardware_without_a_gpu(no_gpu: None, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(hardware, "_cpu_has", lambda flag: False)
     monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda pid: set(range(6)))
     found = resolve_hardware(config())
-    assert found == {"device": "cpu", "processes": 1, "precision": "fp32", "threads": 6, "micro_batch_tokens": 2048}
+    assert found == {"device": "cpu", "processes": 1, "precision": "fp32", "threads": 6, "micro_batch_tokens": 1024}
     assert resolve_hardware(config("hardware.processes=4"))["threads"] == 1
     monkeypatch.setattr(hardware, "_cpu_has", lambda flag: flag == "amx_bf16")
     assert resolve_hardware(config())["precision"] == "bf16"
