@@ -71,7 +71,7 @@ def test_show_of_a_section_prints_the_schemas_comments() -> None:
     text = show_text("hardware=zero3_offload")
     assert "Ren et al., ZeRO-Offload" in text
     assert "\n  zero: 3                (int)  DeepSpeed ZeRO stage 0-3\n" in text
-    assert "\n  offload: cpu           (str)  none | cpu (optimizer state; parameters too under ZeRO-3)\n" in text
+    assert "\n  offload: cpu           (str)  none | cpu (optimizer state; parameters too under ZeRO-3) | nvme\n" in text
 
 
 def test_show_of_a_recipe_prints_what_it_sets_and_chooses() -> None:
