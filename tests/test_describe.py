@@ -39,9 +39,7 @@ def test_list_counts_the_options_of_every_group() -> None:
 def test_list_group_shows_first_comment_lines_and_marks_the_default() -> None:
     text = list_text("hardware")
     assert "  auto *              What this machine has" in text
-    assert (
-        "  zero2          ZeRO stage 2, gradients are sharded too. Rajbhandari et al., ZeRO, arXiv:1910.02054" in text
-    )
+    assert "  zero2               ZeRO stage 2, gradients are sharded too. Rajbhandari et al., ZeRO," in text
     assert "  zero2 *" not in text
 
 
@@ -71,7 +69,9 @@ def test_show_of_a_section_prints_the_schemas_comments() -> None:
     text = show_text("hardware=zero3_offload")
     assert "Ren et al., ZeRO-Offload" in text
     assert "\n  zero: 3                (int)  DeepSpeed ZeRO stage 0-3\n" in text
-    assert "\n  offload: cpu           (str)  none | cpu (optimizer state; parameters too under ZeRO-3) | nvme\n" in text
+    assert (
+        "\n  offload: cpu           (str)  none | cpu (optimizer state; parameters too under ZeRO-3) | nvme\n" in text
+    )
 
 
 def test_show_of_a_recipe_prints_what_it_sets_and_chooses() -> None:
