@@ -27,7 +27,10 @@ EPS = 0.2  # clipping range
 class Silent:
     """A record that keeps nothing."""
 
-    def count(self, numbers: Any) -> None:
+    def count(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def note(self, text: str) -> None:
         pass
 
 

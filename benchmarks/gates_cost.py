@@ -66,14 +66,10 @@ def instrument(clock: Clock) -> None:
 
 def main() -> None:
     job, answers = Job.loads(sys.argv[1]), Answers()
-    from rlhf_cli.launch.local import calm, prepare
+    from rlhf_cli.launch.local import calm, launch
 
     calm(job.threads)
-    from omegaconf import OmegaConf
-
-    from rlhf_cli import worker
     from rlhf_cli.compose import compose
-    from rlhf_cli.hardware import resolve_hardware
 
     clock = Clock()
     instrument(clock)
@@ -86,9 +82,7 @@ def main() -> None:
             "checkpoint.every=0",
             "checkpoint.export=false",
         ]
-        cfg = compose("train", overrides(job, *more), None)
-        OmegaConf.update(cfg, "hardware", resolve_hardware(cfg), merge=True)
-        worker.main(prepare(cfg).path)
+        launch(compose("train", overrides(job, *more), None))
         rows = [json.loads(x) for x in (Path(where) / "run" / "metrics.jsonl").read_text().splitlines()]
     total = sum(r["time/step"] for r in rows)
     spent = {k: v / len(rows) for k, v in clock.spent.items()}

@@ -24,8 +24,12 @@ class Paced:
     def phase(self, name: str) -> AbstractContextManager[None]:
         return self.meter.phase(name)
 
-    def count(self, numbers: Mapping[str, float]) -> None:
-        """Numbers of the select stage; not needed."""
+    def count(self, *_: Any, **__: Any) -> None:
+        """Numbers that stages count; not needed."""
+
+    def note(self, text: str) -> None:
+        """What a run would say aloud goes to the log."""
+        print(text, file=sys.stderr)
 
     def step(self, step: int, exp: Any, stats: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
         found = self.meter.end()
