@@ -135,7 +135,7 @@ def sampler(engine: Any, **settings: Any) -> backend.VllmSampler:
 def test_rows_come_back_prompt_by_prompt_and_say_how_they_ended() -> None:
     engine = Echo(Answer([65, 257], [-1.0, -2.0], True), Answer([66], [-3.0], False))
     told: list[int] = []
-    rollout = sampler(engine).sample([[1, 2]], 2, [7, 8], done=told.append)
+    rollout = sampler(engine).sample([[1, 2]], 2, [7, 8], done=lambda i, ids: told.append(i))
     assert rollout.ids == [[65, 257], [66]] and rollout.truncated.tolist() == [False, True]
     assert rollout.logp.tolist() == [[-1.0, -2.0], [-3.0, 0.0]] and told == [0]
     assert [(p, s["seed"]) for p, s in engine.asked] == [([1, 2], 7), ([1, 2], 8)]
