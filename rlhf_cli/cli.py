@@ -33,6 +33,7 @@ class Request:
     config_dir: str | None = None
     cfg: bool = False
     multirun: bool = False
+    script: bool = False  # --print-sbatch
 
 
 # ---- verbs ----
@@ -71,12 +72,22 @@ def train(request: Request) -> int:
 
         return multirun("train", request.words, request.config_dir, sweep_point)
     cfg = compose(request)
-    if not request.cfg:
+    if not (request.cfg or request.script):
         return start(cfg)
     from rlhf_cli.plan import validate
 
     validate(cfg)
-    return print_config(cfg)
+    return print_script(cfg) if request.script else print_config(cfg)
+
+
+def print_script(cfg: DictConfig) -> int:
+    from rlhf_cli.launch.choose import launcher_of
+
+    text = launcher_of(cfg).script(cfg)
+    if not text:
+        raise ConfigError("--print-sbatch: this launcher submits nothing; type launcher=slurm")
+    print(text, end="")
+    return DONE
 
 
 def plan(request: Request) -> int:
@@ -196,7 +207,7 @@ def parse(argv: list[str]) -> Request:
 
         raise ConfigError(f"{verb}: no such verb{nearest(verb, VERBS) or ';'} verbs: {', '.join(VERBS)}")
     words: list[str] = []
-    config_dir, cfg, multirun = None, False, False
+    config_dir, cfg, multirun, script = None, False, False, False
     queue = [part for word in rest for part in split_flag(word)]
     while queue:
         word = queue.pop(0)
@@ -206,13 +217,15 @@ def parse(argv: list[str]) -> Request:
             cfg = following(queue, word, "job") == "job" or wrong_cfg()
         elif word in ("-m", "--multirun"):
             multirun = True
+        elif word == "--print-sbatch" and verb == "train":
+            script = True
         else:
             words.append(word)
     if multirun and verb != "train":
         raise ConfigError(f"{verb}: -m works with train only")
     if cfg and not VERBS[verb].config:
         raise ConfigError(f"{verb}: --cfg works with {', '.join(v for v in VERBS if VERBS[v].config)} only")
-    return Request(verb, words, config_dir, cfg, multirun)
+    return Request(verb, words, config_dir, cfg, multirun, script)
 
 
 def split_flag(word: str) -> list[str]:

@@ -30,7 +30,7 @@ from rlhf_cli.errors import ConfigError
 
 VERSION = "1.3"  # Hydra's defaults are those of this release
 FAULTS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
-OPEN = ("dataset.columns.", "hardware.deepspeed.", "debug.")  # sections whose keys the schema leaves open
+OPEN = ("dataset.columns.", "hardware.deepspeed.", "launcher.sbatch.", "debug.")  # sections whose keys the schema leaves open
 
 
 def compose(config_name: str, overrides: list[str], config_dir: str | None) -> DictConfig:

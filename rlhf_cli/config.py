@@ -145,6 +145,7 @@ class HardwareSection:
     """Processes, precision and memory."""
 
     device: str = "auto"  # auto | cpu | cuda
+    nodes: int = 1  # machines; ranks = nodes x processes
     processes: int = 0  # ranks on this machine; 0: one per accelerator, or one
     precision: str = "auto"  # auto (bf16 where the hardware multiplies it) | fp32 | bf16 (computes in bf16, keeps fp32 master weights)
     zero: int = 0  # DeepSpeed ZeRO stage 0-3

@@ -20,6 +20,7 @@ from rlhf_cli.errors import ConfigError, GateError
 from rlhf_cli.loop import train
 from rlhf_cli.plan import HEADS
 from rlhf_cli.record import checkpoint
+from rlhf_cli.record.files import redirect
 from rlhf_cli.record.heartbeat import Heartbeat
 from rlhf_cli.record.progress import Progress
 from rlhf_cli.record.provenance import provenance
@@ -38,7 +39,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.signal = ""
-        for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
             signal.signal(s, self._ask)
 
     def _ask(self, number: int, frame: Any) -> None:
@@ -280,13 +281,8 @@ class Session:
         )
 
 
-def main(path: Path) -> int:
-    """Run one rank to its end; returns the exit status."""
-    cfg = load_config(path)
-    torch.set_num_threads(cfg.hardware.threads or 1)
-    rank = int(os.environ.get("RANK", "0"))
-    if rank:
-        redirect(path / "logs" / f"rank-{rank}.log")
+def join(cfg: Any) -> Comm:
+    """This process among the ranks that its environment describes, on its device."""
     device = (
         torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         if cfg.hardware.device == "cuda"
@@ -294,8 +290,19 @@ def main(path: Path) -> int:
     )
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    return start(device)
+
+
+def main(path: Path) -> int:
+    """Run one rank to its end; returns the exit status."""
+    cfg = load_config(path)
+    torch.set_num_threads(cfg.hardware.threads or 1)
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        redirect(path / "logs" / f"rank-{rank}.log")
+    comm = join(cfg)
     torch.manual_seed(cfg.seed)
-    session = Session(path, start(device))
+    session = Session(path, comm)
     try:
         ended = session.work()
     except BaseException as e:
@@ -319,23 +326,14 @@ def _failed(session: Session, e: BaseException, rank: int) -> None:
     session.record.finish("failed", reason if not isinstance(e, KeyboardInterrupt) else "interrupted twice")
 
 
-def redirect(path: Path) -> None:
-    """Send this process's output to a file, append, unbuffered by line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    f = path.open("a", encoding="utf-8", buffering=1)
-    os.dup2(f.fileno(), 1)
-    os.dup2(f.fileno(), 2)
-    sys.stdout = sys.stderr = f
-
-
-def entry() -> int:
-    """`python -m rlhf_cli.worker RUN`: what the launcher starts once per rank."""
+def guarded(path: Path) -> int:
+    """`main`; an error that the user can act on leaves as one line and an exit status."""
     try:
-        return main(Path(sys.argv[1]))
+        return main(path)
     except (ConfigError, GateError) as e:
         print(f"rlhf: error: {' '.join(str(e).split())}", file=sys.stderr, flush=True)
         return 3 if isinstance(e, GateError) else 2
 
 
-if __name__ == "__main__":
-    sys.exit(entry())
+if __name__ == "__main__":  # what the local launcher starts once per rank
+    sys.exit(guarded(Path(sys.argv[1])))

@@ -17,8 +17,10 @@ from omegaconf import OmegaConf
 from rlhf_cli.config import load_config
 from rlhf_cli.errors import ConfigError, GateError
 from rlhf_cli.hardware import free_port, resolve_hardware
+from rlhf_cli.launch import queue, step
+from rlhf_cli.launch.choose import launcher_of
 from rlhf_cli.plan import validate
-from rlhf_cli.record.rundir import RunDir, name_run
+from rlhf_cli.record.rundir import RunDir, base_name, name_run
 from rlhf_cli.report.planned import describe
 
 FREE = (
@@ -36,11 +38,11 @@ MAY_CHANGE = ("hardware", "gates", "eval")  # may differ, said aloud
 
 
 def launch(cfg: Any) -> int:
-    """Freeze the configuration into the run directory and run it, in place or as several ranks."""
+    """Freeze the configuration into the run directory and hand it to the launcher of `cfg`."""
     validate(cfg)
-    OmegaConf.update(cfg, "hardware", resolve_hardware(cfg), merge=True)
-    rundir = prepare(cfg)
-    return start(rundir, cfg.hardware.processes, cfg.hardware.threads)
+    launcher = launcher_of(cfg)
+    OmegaConf.update(cfg, "hardware", launcher.hardware(cfg), merge=True)
+    return launcher(cfg)
 
 
 def resume(path: Path, overrides: list[str]) -> int:
@@ -56,7 +58,7 @@ def resume(path: Path, overrides: list[str]) -> int:
 
         cfg = override(cfg, overrides)
         validate(cfg)
-        OmegaConf.update(cfg, "hardware", resolve_hardware(cfg), merge=True)
+        OmegaConf.update(cfg, "hardware", launcher_of(cfg).hardware(cfg), merge=True)
         for key, (old, new) in differences(before, OmegaConf.to_container(cfg, resolve=True)).items():
             print(f"rlhf: resume changes {key}: {old} -> {new}", flush=True)
     status = RunDir(path).status()
@@ -65,7 +67,7 @@ def resume(path: Path, overrides: list[str]) -> int:
         return 0
     rundir = RunDir(path)
     rundir.save_config(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
-    return start(rundir, cfg.hardware.processes, cfg.hardware.threads)
+    return launcher_of(cfg).again(rundir, cfg)
 
 
 def prepare(cfg: Any) -> RunDir:
@@ -87,9 +89,20 @@ def prepare(cfg: Any) -> RunDir:
 
 def _refuse_busy(rundir: RunDir) -> None:
     """Two writers would mix their files; the second must not even touch the configuration."""
-    holder = rundir.writer()
+    holder = rundir.writer() or _queued(rundir)
     if holder:
-        raise ConfigError(f"run {rundir.name} is being written by {holder}; stop it, or choose another run.name")
+        raise ConfigError(
+            f"run {rundir.name} is being written by {holder}; stop it (rlhf cancel {rundir.path}), or choose another run.name"
+        )
+
+
+def _queued(rundir: RunDir) -> str | None:
+    """The cluster job of a run that is still to come or at work, unless that is this one."""
+    job, task = str(rundir.job().get("job", "")), step.here()
+    if not job or (task is not None and task.job == job):
+        return None
+    found = (queue.jobs([job]) or {}).get(job)
+    return f"job {job} ({found.state.lower()})" if found and (found.waiting or found.active) else None
 
 
 def _has_work(path: Path) -> bool:
@@ -218,3 +231,31 @@ def run_verb(verb: str, cfg: Any) -> int:
 
     runner: dict[str, Any] = {"eval": verbs.evaluate, "generate": verbs.generate, "score": verbs.score}
     return runner[verb](cfg)
+
+
+# ---- where the ranks start ----
+
+
+class Local:
+    """This machine. Where srun started several of this process, each of them is a rank."""
+
+    def hardware(self, cfg: Any, *, here: bool = True) -> dict[str, Any]:
+        """What this machine has."""
+        task = step.here()
+        return step.hardware(cfg, task) if task and task.world > 1 else resolve_hardware(cfg, here=here)
+
+    def __call__(self, cfg: Any) -> int:
+        """Run to the end."""
+        task = step.here()
+        if task is None or (task.world == 1 and cfg.hardware.processes > 1):
+            return start(prepare(cfg), cfg.hardware.processes, cfg.hardware.threads)
+        cfg.run.name = cfg.run.name or base_name(cfg.names, f"job{task.job}")  # a requeued job finds it again
+        return step.run(cfg, task, lambda: prepare(cfg))
+
+    def again(self, rundir: RunDir, cfg: Any) -> int:
+        """Go on to the end."""
+        return start(rundir, cfg.hardware.processes, cfg.hardware.threads)
+
+    def script(self, cfg: Any) -> str:
+        """Nothing waits in a queue."""
+        return ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,15 @@ def strict(value: Any) -> Any:
 def plain(value: Any) -> Any:
     """A zero-dimensional tensor or array as the number it holds, exactly; anything else as it is."""
     return value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
+
+
+def redirect(path: Path) -> None:
+    """Send this process's output to a file, append, unbuffered by line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    f = path.open("a", encoding="utf-8", buffering=1)
+    os.dup2(f.fileno(), 1)
+    os.dup2(f.fileno(), 2)
+    sys.stdout = sys.stderr = f
 
 
 def sync_folder(folder: Path) -> None:

@@ -71,6 +71,11 @@ class RunDir:
         path = self.path / "status.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
+    def job(self) -> dict[str, Any]:
+        """What job.json says of the cluster job that writes this run; empty for a run of this machine."""
+        path = self.path / "job.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
     def claim(self) -> str | None:
         """Become the one writer until `release()` or the end of this process, however it ends.
 
@@ -114,9 +119,7 @@ class RunDir:
 
 def name_run(parent: Path | str, names: Mapping[str, str], when: float | None = None) -> str:
     """A unique name such as `grpo-bleu-smollm2_135m-20261123-143000`, reserved by creating its folder in `parent`."""
-    chosen = [_slug(names[g]) for g in NAMED if names.get(g)]
-    stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(when))
-    base = "-".join([*[c for c in chosen if c], stamp])
+    base = base_name(names, time.strftime("%Y%m%d-%H%M%S", time.localtime(when)))
     for i in range(1, 10_000):
         name = base if i == 1 else f"{base}-{i}"
         try:
@@ -127,6 +130,12 @@ def name_run(parent: Path | str, names: Mapping[str, str], when: float | None = 
             raise _cannot_write(parent, e) from None
         return name
     raise ConfigError(f"run.dir: {parent} holds 9999 runs named {base}; set run.name=NAME")
+
+
+def base_name(names: Mapping[str, str], stamp: str) -> str:
+    """The choices that name a run, and what tells it from others."""
+    chosen = [_slug(names[g]) for g in NAMED if names.get(g)]
+    return "-".join([*[c for c in chosen if c], stamp])
 
 
 def now() -> str:
