@@ -20,8 +20,13 @@ def cancel(rundir: RunDir) -> str:
         raise ConfigError(f"cancel: job {job} of {rundir.path}: SLURM does not answer here; type this on the cluster")
     found = jobs.get(job)
     if found and (found.waiting or found.active):
-        rundir.write_json("job.json", rundir.job() | {"cancelled": now()})  # read by its ranks: do not requeue
-        queue.cancel(job)
+        before = rundir.job()
+        rundir.write_json("job.json", before | {"cancelled": now()})  # read by its ranks: do not requeue
+        try:
+            queue.cancel(job)
+        except ConfigError:
+            rundir.write_json("job.json", before)
+            raise
         return f"cancelled job {job}; to go on later: rlhf resume {rundir.path}"
     if not rundir.writer():
         raise ConfigError(f"cancel: nobody works on {rundir.path}; rlhf runs shows what it is")

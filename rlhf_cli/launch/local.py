@@ -248,12 +248,22 @@ class Local:
         """Run to the end."""
         task = step.here()
         if task is None or (task.world == 1 and cfg.hardware.processes > 1):
-            return start(prepare(cfg), cfg.hardware.processes, cfg.hardware.threads)
+            return self._start(prepare(cfg), cfg)
+        if "SUBMITIT_EXECUTOR" not in os.environ:  # whose own command would be noted otherwise
+            os.environ.setdefault("RLHF_ARGV", step.argv())
         cfg.run.name = cfg.run.name or base_name(cfg.names, f"job{task.job}")  # a requeued job finds it again
         return step.run(cfg, task, lambda: prepare(cfg))
 
     def again(self, rundir: RunDir, cfg: Any) -> int:
         """Go on to the end."""
+        task = step.here()
+        if task is None or task.world == 1:
+            return self._start(rundir, cfg)
+        OmegaConf.update(cfg, "hardware", step.hardware(cfg, task), merge=True)
+        return step.run(cfg, task, lambda: rundir)
+
+    def _start(self, rundir: RunDir, cfg: Any) -> int:
+        (rundir.path / "job.json").unlink(missing_ok=True)  # no job writes this run from here on
         return start(rundir, cfg.hardware.processes, cfg.hardware.threads)
 
     def script(self, cfg: Any) -> str:

@@ -114,13 +114,19 @@ class Slurm:
         taken = sorted(set(more) & set(OWN))
         if taken:
             raise ConfigError(f"launcher.sbatch.{taken[0]}: is set by launcher.* and hardware.* settings")
+        limit = minutes(self.time) if self.time is not None else None
+        if limit is not None and limit * 60 <= self.signal_before:
+            raise ConfigError(
+                f"launcher.time={self.time}: is over before the checkpoint is asked for; type launcher.signal_before=N, "
+                f"N under {limit * 60} seconds"
+            )
         asked = {
             "job_name": name,
             "partition": self.partition,
             "account": self.account,
             "qos": self.qos,
             "constraint": self.constraint,
-            "time": minutes(self.time) if self.time is not None else None,
+            "time": limit,
             "nodes": hw["nodes"],
             "ntasks_per_node": hw["processes"],
             "gpus_per_node": (self.gpus or hw["processes"]) if hw["device"] == "cuda" else self.gpus or None,

@@ -99,7 +99,7 @@ def run(cfg: Any, step: Step, freeze: Callable[[], RunDir], max_requeues: int = 
     """
     from rlhf_cli.launch.local import calm
 
-    os.environ |= step.environment()
+    os.environ |= step.environment() | {"RLHF_JOB": step.job}
     calm(cfg.hardware.threads)
     from rlhf_cli import worker
 

@@ -154,7 +154,8 @@ def _slug(choice: str) -> str:
 
 
 def _whoami() -> dict[str, Any]:
-    return {"pid": os.getpid(), "host": socket.gethostname()}
+    job = os.environ.get("RLHF_JOB")  # the cluster job that this process belongs to
+    return {"pid": os.getpid(), "host": socket.gethostname()} | ({"job": job} if job else {})
 
 
 def _flock(lock: TextIO, kind: int) -> int:

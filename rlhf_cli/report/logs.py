@@ -25,15 +25,15 @@ def run_at(verb: str, path: Path) -> RunDir:
 
 def show(rundir: RunDir, rank: int, follow: bool) -> None:
     """Print a rank's log; with `follow`, until the run ends."""
-    path = _log(rundir, rank)
-    at = _pour(path, 0)
+    at = _pour(_log(rundir, rank), 0)
     status, note = now(rundir)
     if follow:
         status, note = _follow(rundir, rank, at)
     if status in ("failed", "lost"):
-        print("\n".join(line for line in batch_lines(rundir) if path != _batch(rundir)), flush=True)
+        for line in batch_lines(rundir) if _log(rundir, rank) != _batch(rundir) else []:
+            print(line, flush=True)
     if status != "running" or not at:
-        print(f"rlhf: {rundir.path} is {status}{f': {note}' if note else ''}", file=sys.stderr, flush=True)
+        print(f"rlhf: {rundir.path}: {status}{f': {note}' if note else ''}", file=sys.stderr, flush=True)
 
 
 def now(rundir: RunDir) -> tuple[str, str]:

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -113,19 +112,13 @@ def state(rundir: RunDir, jobs: Mapping[str, queue.Job] | None) -> tuple[str, st
     said, why = str(status.get("status", "")), str(status.get("reason", ""))
     again = f"rlhf resume {rundir.path}"
     if job:
-        return _of_job(rundir, job, said if _is_of(status, job) else "", jobs, again)
+        return _of_job(rundir, job, said if status.get("job") == job["job"] else "", jobs, again)
     if said == "running" or not said:
         alive = _alive(rundir, status)
         if alive:
             return said or "starting", ""
         return ("dead", again) if said else ("not started", "")
     return said, {"failed": why, "preempted": f"{why}; {again}"}.get(said, "")
-
-
-def _is_of(status: Mapping[str, Any], job: Mapping[str, Any]) -> bool:
-    """Whether a status was written by this job rather than by one before it."""
-    told = status.get("time")
-    return bool(told) and datetime.fromisoformat(told) >= datetime.fromisoformat(job["time"])
 
 
 def _of_job(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -106,7 +107,7 @@ def test_the_first_failing_rank_is_named_and_the_log_followed_to_its_end(
     assert rlhf("train", *words).code == 0
     followed = rlhf("logs", "runs/broken", "-f")
     assert followed.code == 0
-    assert "rlhf: runs/broken is failed: rank 1: GateError: " in followed.err and "ZeroDivisionError" in followed.err
+    assert "rlhf: runs/broken: failed: rank 1: GateError: " in followed.err and "ZeroDivisionError" in followed.err
     assert over(run, slurm)
     assert "runs/broken: failed: rank 1: GateError: " in rlhf("runs").out
     assert "ZeroDivisionError" in rlhf("logs", "runs/broken", "rank=1").out
@@ -152,6 +153,23 @@ def test_hydras_submitit_launcher_with_two_tasks_a_node(
         p.read_text() for p in log.parent.parent.parent.parent.glob("*/.submitit/*/*_0_log.*")
     )
     assert "\nseed: 7\n" in f"\n{configs}" and "\nseed: 8\n" in f"\n{configs}"
+
+
+def test_srun_in_a_batch_script_of_ones_own(slurm: dict[str, str], tmp_path: Path) -> None:
+    def srun(*words: str) -> str:
+        command = ["srun", "--ntasks=2", *e2e.command(*words)]
+        environment = e2e.environment(**slurm)
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    run = tmp_path / "runs" / "own"
+    srun("train", *TINY, "steps=1", "run.name=own")
+    shown = srun("resume", "runs/own", "steps=2")
+    assert "resumed from step-000001: 1 of 2 steps done" in shown and rows(run) == 2
+    assert json.loads((run / "checkpoints" / "step-000002" / "state.json").read_text())["world"] == 2
 
 
 def test_sbatch_refuses_in_one_line(rlhf: Callable[..., Done]) -> None:

@@ -81,6 +81,8 @@ def test_every_setting_becomes_a_line() -> None:
     assert subprocess.run(["bash", "-n"], input="\n".join(lines), text=True, check=False).returncode == 0
     with pytest.raises(ConfigError, match=r"launcher.sbatch.nodes: is set by"):
         script("launcher.sbatch.nodes=3")
+    with pytest.raises(ConfigError, match=r"launcher.time=5: .* N under 300 seconds"):
+        script("launcher.time=5")  # it would be requeued before its first step, again and again
 
 
 def test_preview_prints_the_script_and_nothing_else(

@@ -21,45 +21,45 @@ from rlhf_cli.record.rundir import RunDir
 from rlhf_cli.report import runs
 from rlhf_cli.report.runs import Seen
 
-BEFORE, THEN, LATER = "2026-11-23T09:00:00+0000", "2026-11-23T10:00:00+0000", "2026-11-23T11:00:00+0000"
+OLD, OWN, LATER = "11", "12", "2026-11-23T11:00:00+0000"
 
 
-def made(path: Path, *, said: str = "", when: str = LATER, job: dict[str, str] | None = None, **status: Any) -> RunDir:
+def made(path: Path, *, said: str = "", by: str = OWN, job: dict[str, str] | None = None, **status: Any) -> RunDir:
     rundir = RunDir(path).create()
     (path / "config.yaml").write_text("seed: 0\nsteps: 8\n")
     if said:
-        rundir.write_json("status.json", {"status": said, "time": when, "host": socket.gethostname(), **status})
+        rundir.write_json("status.json", {"status": said, "job": by, "host": socket.gethostname(), **status})
     if job is not None:
-        rundir.write_json("job.json", {"job": "12", "time": THEN, **job})
+        rundir.write_json("job.json", {"job": OWN, "time": LATER, **job})
     return rundir
 
 
 AGAIN = "rlhf resume {}"
 CASES = {
-    # what status.json says and when, job.json, the queue -> status, note
-    "waiting": ("", LATER, {}, Job("PENDING", "Resources"), "queued", "Resources"),
-    "loading": ("", LATER, {}, Job("RUNNING"), "starting", ""),
-    "resumed": ("preempted", BEFORE, {}, Job("PENDING"), "queued", ""),
-    "working": ("running", LATER, {}, Job("RUNNING"), "running", ""),
-    "requeued": ("preempted", LATER, {}, Job("PENDING", "BeginTime"), "requeued", "BeginTime"),
-    "stopping": ("preempted", LATER, {}, Job("COMPLETING"), "stopping", ""),
-    "finished": ("finished", LATER, {}, None, "finished", ""),
-    "failed": ("failed", LATER, {"reason": "boom"}, Job("FAILED"), "failed", "boom"),
-    "cancelled": ("preempted", LATER, {"cancelled": LATER}, Job("CANCELLED"), "cancelled", AGAIN),
-    "scancelled": ("running", LATER, {}, Job("CANCELLED"), "cancelled", AGAIN),
-    "cancelled while waiting": ("", LATER, {"cancelled": LATER}, None, "cancelled", AGAIN),
-    "not requeued": ("preempted", LATER, {}, Job("FAILED"), "preempted", AGAIN),
-    "node died": ("running", LATER, {}, Job("NODE_FAIL"), "lost", f"its job ended as node_fail; {AGAIN}"),
-    "vanished": ("running", LATER, {}, None, "lost", f"its job is gone; {AGAIN}"),
-    "time was up": ("running", LATER, {}, Job("TIMEOUT"), "lost", f"its job ended as timeout; {AGAIN}"),
+    # what status.json says and of which job, job.json, the queue -> status, note
+    "waiting": ("", OWN, {}, Job("PENDING", "Resources"), "queued", "Resources"),
+    "loading": ("", OWN, {}, Job("RUNNING"), "starting", ""),
+    "resumed": ("preempted", OLD, {}, Job("PENDING"), "queued", ""),
+    "working": ("running", OWN, {}, Job("RUNNING"), "running", ""),
+    "requeued": ("preempted", OWN, {}, Job("PENDING", "BeginTime"), "requeued", "BeginTime"),
+    "stopping": ("preempted", OWN, {}, Job("COMPLETING"), "stopping", ""),
+    "finished": ("finished", OWN, {}, None, "finished", ""),
+    "failed": ("failed", OWN, {"reason": "boom"}, Job("FAILED"), "failed", "boom"),
+    "cancelled": ("preempted", OWN, {"cancelled": LATER}, Job("CANCELLED"), "cancelled", AGAIN),
+    "scancelled": ("running", OWN, {}, Job("CANCELLED"), "cancelled", AGAIN),
+    "cancelled while waiting": ("", OWN, {"cancelled": LATER}, None, "cancelled", AGAIN),
+    "not requeued": ("preempted", OWN, {}, Job("FAILED"), "preempted", AGAIN),
+    "node died": ("running", OWN, {}, Job("NODE_FAIL"), "lost", f"its job ended as node_fail; {AGAIN}"),
+    "vanished": ("running", OWN, {}, None, "lost", f"its job is gone; {AGAIN}"),
+    "time was up": ("running", OWN, {}, Job("TIMEOUT"), "lost", f"its job ended as timeout; {AGAIN}"),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_state_of_a_job(case: str, tmp_path: Path) -> None:
-    said, when, more, job, status, note = CASES[case]
+    said, by, more, job, status, note = CASES[case]
     reason = {"reason": more["reason"]} if "reason" in more else {}
-    run = made(tmp_path / "a", said=said, when=when, job={k: v for k, v in more.items() if k != "reason"}, **reason)
+    run = made(tmp_path / "a", said=said, by=by, job={k: v for k, v in more.items() if k != "reason"}, **reason)
     assert runs.state(run, {"12": job} if job else {}) == (status, note.format(run.path))
 
 
@@ -198,7 +198,7 @@ def test_logs_of_a_finished_rank(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (run.logs / "rank-1.log").write_text("one\ntwo\n")
     assert cli.main(["logs", str(run.path), "rank=1", "-f"]) == 0
     shown = capsys.readouterr()
-    assert shown.out == "one\ntwo\n" and shown.err == f"rlhf: {run.path} is finished\n"
+    assert shown.out == "one\ntwo\n" and shown.err == f"rlhf: {run.path}: finished\n"
     (run.logs / "notes.log").write_text("a note\n")
     assert cli.main(["logs", str(run.path)]) == 0
     assert capsys.readouterr().out == "a note\n"
