@@ -58,6 +58,8 @@ def _follow(rundir: RunDir, rank: int, at: int) -> tuple[str, str]:
             path, at = _log(rundir, rank), 0
         at = _pour(path, at)
         if status in ENDED:
+            time.sleep(4 * POLL)  # the summary is printed after the status is written
+            _pour(path, at)
             return status, note
         time.sleep(POLL)
 
