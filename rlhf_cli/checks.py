@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import importlib.util
+import re
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from rlhf_cli.config import nearest
@@ -39,6 +43,7 @@ def check_numbers(cfg: Any) -> None:
         ("gates.constant_steps", cfg.gates.constant_steps, 1),
         ("hardware.timeout", hw.timeout, 1),
         ("hardware.processes", hw.processes, 0),
+        ("hardware.nodes", hw.nodes, 1),
         ("hardware.threads", hw.threads, 0),
         ("hardware.micro_batch_tokens", hw.micro_batch_tokens, 0),
     ):
@@ -47,7 +52,7 @@ def check_numbers(cfg: Any) -> None:
     for key, value, allowed in (
         ("hardware.precision", hw.precision, ("auto", "fp32", "bf16")),
         ("hardware.device", hw.device, ("auto", "cpu", "cuda")),
-        ("hardware.offload", hw.offload, ("none", "cpu")),
+        ("hardware.offload", hw.offload, ("none", "cpu", "nvme")),
         ("hardware.zero", hw.zero, (0, 1, 2, 3)),
         ("rollout.backend", cfg.rollout.backend, ("builtin",)),
         ("optim.schedule", cfg.optim.schedule, ("constant", "linear", "cosine")),
@@ -61,6 +66,7 @@ def check_numbers(cfg: Any) -> None:
     for wrong, message in _conflicts(cfg):
         if wrong:
             raise ConfigError(message)
+    check_deepspeed(hw.deepspeed)
 
 
 def _conflicts(cfg: Any) -> Iterable[tuple[bool, str]]:
@@ -81,6 +87,59 @@ def _conflicts(cfg: Any) -> Iterable[tuple[bool, str]]:
     )
     yield not 0 < r.top_p <= 1, f"rollout.top_p={r.top_p}: must be above 0 and at most 1"
     yield (
-        hw.offload != "none" and hw.zero < 2,
-        f"hardware.offload={hw.offload} needs hardware.zero=2 or 3; it is {hw.zero}",
+        hw.offload == "cpu" and hw.zero < 2,
+        f"hardware.offload=cpu needs hardware.zero=2 or 3; it is {hw.zero}",
     )
+    yield (
+        hw.offload == "nvme" and hw.zero < 3,
+        f"hardware.offload=nvme needs hardware.zero=3; it is {hw.zero}",
+    )
+    yield (
+        hw.offload == "nvme" and not hw.nvme_path,
+        "hardware.offload=nvme: where to? type hardware.nvme_path=FOLDER on a local NVMe disk",
+    )
+    yield (
+        bool(hw.nvme_path) and hw.offload != "nvme",
+        f"hardware.nvme_path is not used with hardware.offload={hw.offload}; type hardware.offload=nvme",
+    )
+
+
+OWNED = {  # DeepSpeed keys that other settings decide, and which
+    "train_batch_size": "batch",
+    "train_micro_batch_size_per_gpu": "hardware.micro_batch_tokens",
+    "gradient_accumulation_steps": "hardware.micro_batch_tokens",
+    "gradient_clipping": "optim.clip",
+    "optimizer": "optim",
+    "scheduler": "optim.schedule",
+    "bf16": "hardware.precision",
+    "fp16": "hardware.precision",
+    "zero_optimization.stage": "hardware.zero",
+    "zero_optimization.offload_optimizer.device": "hardware.offload",
+    "zero_optimization.offload_param.device": "hardware.offload",
+}
+
+
+def check_deepspeed(extra: Mapping[str, Any]) -> None:
+    """Refuse keys that other settings decide, and top-level keys that DeepSpeed does not know and would skip without a word."""
+    for key, other in OWNED.items():
+        node: Any = extra
+        for part in key.split("."):
+            node = node.get(part) if isinstance(node, Mapping) else None
+        if node is not None:
+            raise ConfigError(f"hardware.deepspeed.{key}: {other} decides it; set that instead")
+    unknown = [k for k in extra if k not in _deepspeed_words()] if extra else []
+    if unknown:
+        found = nearest(unknown[0], _deepspeed_words())
+        raise ConfigError(f"hardware.deepspeed.{unknown[0]}: DeepSpeed has no such key{found}")
+
+
+@cache
+def _deepspeed_words() -> frozenset[str]:
+    """Every quoted name in the files of DeepSpeed that read its configuration, without importing it."""
+    spec = importlib.util.find_spec("deepspeed")
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError("hardware.deepspeed: DeepSpeed is not installed; type rlhf doctor")
+    root = Path(spec.submodule_search_locations[0])
+    files = [p for name in ("config.py", "constants.py", "engine.py") for p in root.rglob(name)]
+    words = [re.findall(r"[\"'](\w+)[\"']", p.read_text(encoding="utf-8", errors="replace")) for p in files]
+    return frozenset(w for found in words for w in found)

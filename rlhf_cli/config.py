@@ -147,9 +147,14 @@ class HardwareSection:
     device: str = "auto"  # auto | cpu | cuda
     nodes: int = 1  # machines; ranks = nodes x processes
     processes: int = 0  # ranks on this machine; 0: one per accelerator, or one
+    nodes: int = 1  # machines; ranks = nodes x processes
+    hostfile: str = ""  # file of machines, NAME slots=N a line, this one first; ssh starts the others
+    node_rank: int | None = None  # number of this machine, where the command is typed on every one
+    master: str = ""  # HOST:PORT at which the others reach machine 0
     precision: str = "auto"  # auto (bf16 where the hardware multiplies it) | fp32 | bf16 (computes in bf16, keeps fp32 master weights)
     zero: int = 0  # DeepSpeed ZeRO stage 0-3
-    offload: str = "none"  # none | cpu (optimizer state; parameters too under ZeRO-3)
+    offload: str = "none"  # none | cpu (optimizer state; parameters too under ZeRO-3) | nvme (both, ZeRO-3 only)
+    nvme_path: str = ""  # folder on a local NVMe disk for offload=nvme
     micro_batch_tokens: int = 0  # tokens per forward; 0: by device
     threads: int = 0  # threads per rank; 0: the machine's cores divided by the ranks
     timeout: int = 1800  # seconds without a heartbeat before a rank is declared hung

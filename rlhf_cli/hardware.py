@@ -25,7 +25,7 @@ def resolve_hardware(cfg: Any, *, here: bool = True) -> dict[str, Any]:
     if precision == "auto":
         precision = "bf16" if device == "cuda" or _cpu_has("amx_bf16") else "fp32"
     threads = cfg.hardware.threads or max(1, len(os.sched_getaffinity(0)) // processes)
-    budget = cfg.hardware.micro_batch_tokens or (16384 if device == "cuda" else 2048)
+    budget = cfg.hardware.micro_batch_tokens or (16384 if device == "cuda" else 1024)
     return {
         "device": device,
         "processes": processes,
@@ -70,7 +70,7 @@ def memory(cfg: Any, learners: Iterable[str], copies: Mapping[str, str], hw: Map
     n = parameters(cfg)
     if n is None:
         return ["  unknown: the model is neither local nor named by its size"]
-    world, zero, low = hw["processes"], cfg.hardware.zero, 2 if hw["precision"] == "bf16" else 4
+    world, zero, low = hw["processes"] * cfg.hardware.nodes, cfg.hardware.zero, 2 if hw["precision"] == "bf16" else 4
     trained = n * 0.02 if cfg.model.lora.r else n
     rows = []
     for name in learners:

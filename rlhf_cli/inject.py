@@ -52,3 +52,14 @@ def rowwise(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Promise that no row of the result depends on another row; allows the single-pass step."""
     fn.rowwise = True  # type: ignore[attr-defined]
     return fn
+
+
+def weighted_by_advantage(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Promise that a row whose advantages are all 0 has the value 0 and no gradient; such rows are not forwarded."""
+    fn.weighted_by_advantage = True  # type: ignore[attr-defined]
+    return fn
+
+
+def is_weighted_by_advantage(fn: Callable[..., Any]) -> bool:
+    """Whether `fn` promises that rows without advantage do not matter."""
+    return bool(getattr(getattr(fn, "func", fn), "weighted_by_advantage", False))

@@ -20,7 +20,7 @@ from rlhf_cli.data.text import end_id, render, response_ids
 from rlhf_cli.engine.comm import Comm
 from rlhf_cli.engine.deepspeed import DeepSpeedEngine, Frozen, Setup
 from rlhf_cli.errors import GateError
-from rlhf_cli.models import loading, packing
+from rlhf_cli.models import fused, loading, packing
 from rlhf_cli.models.heads import PolicyHead, ScalarHead, inner
 from rlhf_cli.models.lora import add_lora, reference_disabled
 from rlhf_cli.plan import Plan, learner_sections, validate
@@ -68,7 +68,9 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
     scorable = plan.learners.get("policy") == "policy" and can_score(cfg, heldout)
     actor = make_actor(cfg, heads, plan, comm) if sampled or scorable else None
     engines = {name: DeepSpeedEngine(name, head, setup_of(cfg, sections[name]), comm) for name, head in heads.items()}
-    sampler = make_sampler(cfg, actor, tokenizer, comm) if actor is not None else None
+    sampler = (
+        make_sampler(cfg, actor, tokenizer, comm, cfg.batch.prompts * cfg.batch.samples) if actor is not None else None
+    )
     copied = cfg.hardware.zero == 3 and actor is not None and "policy" in engines
     publish = partial(refresh, actor, engines["policy"]) if copied else _nothing
     if sampled:
@@ -139,9 +141,9 @@ def make_actor(cfg: Any, heads: Mapping[str, nn.Module], plan: Plan, comm: Comm)
     return copy.deepcopy(model) if cfg.hardware.zero == 3 else model
 
 
-def make_sampler(cfg: Any, actor: nn.Module, tokenizer: Any, comm: Comm) -> Sampler:
-    """The built-in sampler; it also stops at the token that the chat template ends a turn with."""
-    sampler = Sampler(actor, tokenizer, decoding_of(cfg), device=comm.device)
+def make_sampler(cfg: Any, actor: nn.Module, tokenizer: Any, comm: Comm, wave: int = 0) -> Sampler:
+    """The built-in sampler; it also stops at the token that the chat template ends a turn with. `wave`: rows of a step."""
+    sampler = Sampler(actor, tokenizer, decoding_of(cfg, wave=wave), device=comm.device)
     sampler.eos = sorted({*sampler.eos, end_id(tokenizer, cfg.dataset.chat)})
     return sampler
 
@@ -243,6 +245,7 @@ def prepare(model: nn.Module, *, checkpointing: bool) -> None:
     hf: Any = inner(model)
     if hf.config._attn_implementation != "eager":
         hf.set_attn_implementation(packing.ATTENTION)
+    fused.install(hf)
     for m in model.modules():
         if isinstance(m, nn.Dropout):
             m.p = 0.0
@@ -283,7 +286,7 @@ def setup_of(cfg: Any, section: Any) -> Setup:
     lr = cfg.optim.lr if section is None or section.lr is None else section.lr
     hw = cfg.hardware
     return Setup(
-        zero=hw.zero, bf16=hw.precision == "bf16", offload=hw.offload, budget=hw.micro_batch_tokens, lr=lr,
+        zero=hw.zero, bf16=hw.precision == "bf16", offload=hw.offload, nvme_path=hw.nvme_path, budget=hw.micro_batch_tokens, lr=lr,
         betas=tuple(cfg.optim.betas), eps=cfg.optim.eps, weight_decay=cfg.optim.weight_decay, clip=cfg.optim.clip, extra=dict(hw.deepspeed),
     )  # fmt: skip
 

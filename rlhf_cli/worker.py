@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import random
-import signal
+import shutil
 import sys
+import threading
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +19,15 @@ import torch
 
 from rlhf_cli.config import build, load_config
 from rlhf_cli.engine.comm import Comm, start
+from rlhf_cli.engine.memory import keep_freed_memory
 from rlhf_cli.errors import ConfigError, GateError
+from rlhf_cli.launch.stop import Stop
 from rlhf_cli.loop import train
 from rlhf_cli.plan import HEADS
 from rlhf_cli.record import checkpoint
-from rlhf_cli.record.files import redirect
+from rlhf_cli.record.files import full_disk
 from rlhf_cli.record.heartbeat import Heartbeat
+from rlhf_cli.record.output import Both, logged
 from rlhf_cli.record.progress import Progress
 from rlhf_cli.record.provenance import provenance
 from rlhf_cli.record.recorder import make_recorder
@@ -34,38 +40,22 @@ PREEMPTED = 75  # exit status: stopped by a signal after a checkpoint; start it 
 SAMPLES_PER_STEP = 8
 
 
-class Stop:
-    """Remembers that a signal asked this rank to stop at the next step boundary."""
-
-    def __init__(self) -> None:
-        self.signal = ""
-        for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
-            signal.signal(s, self._ask)
-
-    def _ask(self, number: int, frame: Any) -> None:
-        if self.signal and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = signal.Signals(number).name
-
-
 class Session:
     """A training run on this rank: builds it, resumes it, saves it, evaluates it."""
 
-    def __init__(self, path: Path, comm: Comm) -> None:
-        self.cfg = load_config(path)
-        self.rundir, self.comm, self.stop = RunDir(path), comm, Stop()
+    def __init__(self, rundir: RunDir, comm: Comm, stop: Stop, beat: Heartbeat, output: Both | None) -> None:
+        cfg = self.cfg = load_config(rundir.path)
+        self.rundir, self.comm, self.stop = rundir, comm, stop
         self.lead = comm.rank == 0
-        cfg = self.cfg
-        if self.lead:
-            self.rundir.claim()
-        trackers = (
-            {k: build(v, f"tracker.{k}", allow=cfg.allow_targets) for k, v in (cfg.tracker or {}).items() if v}
-            if self.lead
-            else {}
-        )
-        progress = Progress(path.name, cfg.steps) if self.lead else None
-        beat = Heartbeat(path, comm.rank, cfg.hardware.timeout)
-        self.record: Any = make_recorder(self.rundir, trackers, progress, beat, comm.rank, SAMPLES_PER_STEP)
+        trackers, progress = {}, None
+        if output is not None:
+            trackers = {
+                k: build(v, f"tracker.{k}", allow=cfg.allow_targets) for k, v in (cfg.tracker or {}).items() if v
+            }
+            progress = Progress(rundir.path.name, cfg.steps, output.terminal, output.log)
+            output.show = progress.line
+        self.record: Any = make_recorder(rundir, trackers, progress, beat, comm.rank, SAMPLES_PER_STEP)
+        stop.told = self._say_stop
         self.run: Run
         self.parts: Parts
 
@@ -75,6 +65,8 @@ class Session:
         with self.record.phase("load"):
             self.run, self.parts = make_run(cfg, self.comm, self.record)
             at = self._resume()
+        if self._asked():
+            return "preempted"
         self.run.start, self.run.after = at, self._after
         if self.lead and at == 0:
             self.rundir.write_json("provenance.json", self._provenance())
@@ -82,6 +74,8 @@ class Session:
             self._check_start()
         if at == 0:
             self._evaluate(0)
+        if self._asked():
+            return "preempted"
         try:
             train(self.run)
         except GateError as e:
@@ -103,9 +97,7 @@ class Session:
         """After `done` steps: evaluate, checkpoint, and whether to stop."""
         cfg = self.cfg
         self._at = done
-        asked = self.comm.any(bool(self.stop.signal))
-        if asked and not self.stop.signal:
-            self.stop.signal = "another rank's signal"
+        asked = self._asked()
         last = done == cfg.steps
         if last or (cfg.eval.every and done % cfg.eval.every == 0 and not asked):
             self._evaluate(done)
@@ -114,16 +106,36 @@ class Session:
                 self._save(done)
         return asked and not last
 
+    def _asked(self) -> bool:
+        """Whether a signal asked any rank to stop."""
+        asked = self.comm.any(bool(self.stop.signal))
+        if asked and not self.stop.signal:
+            self.stop.signal = "another rank's signal"
+        return asked
+
+    def _say_stop(self, name: str) -> None:
+        """From a thread: a signal handler may have interrupted the very write that it would make."""
+        text = f"{name}: stopping after this step, with a checkpoint; Ctrl-C again stops at once"
+        threading.Thread(target=self.record.note, args=(text,), daemon=True).start()
+
     def _save(self, step: int) -> None:
         aside = self.comm.broadcast(str(checkpoint.begin(self.rundir.checkpoints, step)) if self.lead else None)
-        engines = {name: engine.save(Path(aside)) for name, engine in self.parts.engines.items()}
+        try:
+            self._write(Path(aside), step)
+        except BaseException:
+            if self.lead:  # what is half written would keep a full disk full
+                shutil.rmtree(aside, ignore_errors=True)
+            raise
+
+    def _write(self, aside: Path, step: int) -> None:
+        engines = {name: engine.save(aside) for name, engine in self.parts.engines.items()}
         rng = {
             "python": random.getstate(),
             "numpy": list(np.random.get_state()),
             "torch": torch.get_rng_state().tolist(),
         }
         rng["numpy"][1] = rng["numpy"][1].tolist()
-        (Path(aside) / f"rng-rank-{self.comm.rank}.json").write_text(json.dumps(rng))
+        (aside / f"rng-rank-{self.comm.rank}.json").write_text(json.dumps(rng))
         if self.lead:
             state = {
                 "step": step,
@@ -133,10 +145,10 @@ class Session:
                 "state": {name: x.state_dict() for name, x in self.parts.state.items()},
                 "record": self.record.state(),
             }
-            (Path(aside) / "state.json").write_text(json.dumps(state))
+            (aside / "state.json").write_text(json.dumps(state))
         self.comm.barrier()
         if self.lead:
-            checkpoint.commit(Path(aside), step, self.cfg.checkpoint.keep)
+            checkpoint.commit(aside, step, self.cfg.checkpoint.keep)
         self.comm.barrier()
 
     def _resume(self) -> int:
@@ -281,59 +293,85 @@ class Session:
         )
 
 
-def join(cfg: Any) -> Comm:
-    """This process among the ranks that its environment describes, on its device."""
-    device = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        if cfg.hardware.device == "cuda"
-        else torch.device("cpu")
-    )
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return start(device)
-
-
-def main(path: Path) -> int:
+def main(rundir: RunDir, stop: Stop) -> int:
     """Run one rank to its end; returns the exit status."""
-    cfg = load_config(path)
-    torch.set_num_threads(cfg.hardware.threads or 1)
     rank = int(os.environ.get("RANK", "0"))
-    if rank:
-        redirect(path / "logs" / f"rank-{rank}.log")
-    comm = join(cfg)
-    torch.manual_seed(cfg.seed)
-    session = Session(path, comm)
+    if rank == 0 and not rundir.claimed and "RLHF_WRITER" not in os.environ:
+        rundir.claim()
     try:
+        with logged(rundir.logs / f"rank-{rank}.log", shown=rank == 0) as output:
+            faulthandler.enable(sys.stderr)
+            return _watched(rundir, stop, rank, output)
+    finally:
+        faulthandler.disable()
+
+
+def _watched(rundir: RunDir, stop: Stop, rank: int, output: Both | None) -> int:
+    """The work of a rank under its heartbeat; why it fails is written down before the error leaves."""
+    cfg = load_config(rundir.path)
+    beat = Heartbeat(rundir.path, rank, cfg.hardware.timeout, ranks=int(os.environ.get("WORLD_SIZE", "1"))).start()
+    session: Session | None = None
+    try:
+        session = Session(rundir, join(cfg), stop, beat, output)
         ended = session.work()
     except BaseException as e:
-        _failed(session, e, rank)
+        shown = full_disk(e, rundir.path) or e
+        _failed(rundir, session, shown, rank)
+        beat.stop()
+        if shown is not e:
+            raise shown from e
         raise
-    else:
-        session.record.finish(ended, session.stop.signal)
-    finally:
-        session.rundir.release()
+    session.record.finish(ended, stop.signal)
     if rank == 0 and ended == "finished":
-        print(summary.text(path), flush=True)
+        print(summary.text(rundir.path), flush=True)
     if rank == 0 and ended == "preempted":
-        print(f"stopped by {session.stop.signal} after {session._at} steps; go on with: rlhf resume {path}", flush=True)
+        text = f"stopped by {stop.signal} after {session._at} steps; go on with: rlhf resume {rundir.path}"
+        print(text, flush=True)
     return PREEMPTED if ended == "preempted" else 0
 
 
-def _failed(session: Session, e: BaseException, rank: int) -> None:
-    """Write down why, before the error leaves."""
-    reason = f"{type(e).__name__}: {e}"
-    (session.rundir.logs / f"rank-{rank}.error").write_text("".join(traceback.format_exception(e)), encoding="utf-8")
-    session.record.finish("failed", reason if not isinstance(e, KeyboardInterrupt) else "interrupted twice")
+def join(cfg: Any) -> Comm:
+    """This process among the ranks that its environment describes, seeded and on its device; again where it joined before."""
+    return start(_device(cfg), cfg.hardware.timeout)
 
 
-def guarded(path: Path) -> int:
-    """`main`; an error that the user can act on leaves as one line and an exit status."""
+def _device(cfg: Any) -> torch.device:
+    """This rank's device, ready, with every global generator seeded: a user's reward may draw from any of them."""
+    torch.set_num_threads(cfg.hardware.threads or 1)
+    keep_freed_memory()
+    random.seed(cfg.seed)
+    np.random.seed(cfg.seed % 2**32)
+    torch.manual_seed(cfg.seed)
+    if cfg.hardware.device != "cuda":
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _failed(rundir: RunDir, session: Session | None, e: BaseException, rank: int) -> None:
+    """Write down why, before the error leaves; a disk that takes no more must not hide it."""
+    reason = f"{type(e).__name__}: {e}" if not isinstance(e, KeyboardInterrupt) else "interrupted twice"
+    text = "".join(traceback.format_exception(e))
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+    with suppress(OSError):
+        rundir.error(rank).write_text(text, encoding="utf-8")
+    with suppress(OSError):
+        if session is not None:
+            session.record.finish("failed", reason)
+        elif rank == 0:
+            rundir.set_status("failed", reason=reason)
+
+
+def entry(rundir: RunDir, stop: Stop) -> int:
+    """A rank that a launcher started, in its own process: an error that the user can act on leaves as one line and an exit status."""
     try:
-        return main(path)
+        return main(rundir, stop)
     except (ConfigError, GateError) as e:
         print(f"rlhf: error: {' '.join(str(e).split())}", file=sys.stderr, flush=True)
         return 3 if isinstance(e, GateError) else 2
 
 
-if __name__ == "__main__":  # what the local launcher starts once per rank
-    sys.exit(guarded(Path(sys.argv[1])))
+if __name__ == "__main__":
+    sys.exit(entry(RunDir(sys.argv[1]), Stop()))

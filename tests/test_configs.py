@@ -38,6 +38,8 @@ def nodes(section: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def words_of(group: str, name: str) -> list[str]:
     """A command line around one option, with a recipe and records that fit it."""
+    if name == "zero3_offload_nvme":
+        return [f"hardware={name}", "hardware.nvme_path=nvme"]
     if group == "dataset":
         raw = compose("train", [f"dataset={name}", "dataset.path=DATA"] if name != "quickstart" else [], None)
         fit = SHAPE_FITS.get(raw.dataset.shape, "sft")

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -74,8 +75,11 @@ def _quiet_compilers() -> Iterator[None]:
         os.close(nowhere)
 
 
-def start(device: torch.device) -> Comm:
-    """Join the process group that the launcher's environment describes; a lone process makes its own."""
+def start(device: torch.device, timeout: float = 1800) -> Comm:
+    """Join the process group that the launcher's environment describes; a lone process makes its own.
+
+    A collective waits a minute longer than the `timeout` seconds of the heartbeat, which says more than a collective that gave up.
+    """
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     with _quiet_compilers():
         import deepspeed
@@ -95,5 +99,6 @@ def start(device: torch.device) -> Comm:
             "MASTER_PORT": str(free_port()),
         }
     if not dist.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout + 60), verbose=False)
     return Comm(device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from rlhf_cli.diagnostics import DIAGNOSTICS
 from rlhf_cli.engine import step as exact
 from rlhf_cli.engine.comm import Comm
-from rlhf_cli.errors import GateError
+from rlhf_cli.errors import ConfigError, GateError
 from rlhf_cli.inject import call, needs
 from rlhf_cli.models.heads import stage_inputs
 from rlhf_cli.types import COLUMNS, Experience, Update
@@ -35,6 +36,7 @@ class Setup:
     zero: int
     bf16: bool
     offload: str
+    nvme_path: str
     budget: int  # tokens per micro-batch
     lr: float
     betas: tuple[float, float]
@@ -48,8 +50,6 @@ class DeepSpeedEngine:
     """A module that returns columns, its optimizer, and the exact step over all processes."""
 
     def __init__(self, name: str, module: nn.Module, setup: Setup, comm: Comm) -> None:
-        import deepspeed
-
         self.name, self.setup, self.comm = name, setup, comm
         self.updates = 0  # optimizer steps taken
         self.moved = False  # the last step changed weights
@@ -66,9 +66,7 @@ class DeepSpeedEngine:
             fused=setup.offload == "none",
         )
         with redirect_stdout(io.StringIO()):  # it prints memory tables
-            self.engine, *_ = deepspeed.initialize(
-                model=module, optimizer=self._optimizer, config=_config(setup, self.stage)
-            )
+            self.engine, *_ = _initialize(module, self._optimizer, setup, self.stage)
         self.trained = {n: p for n, p in self.engine.module.named_parameters() if n in trained}
         for p in self.trained.values():
             p.register_hook(self._watch)
@@ -84,25 +82,28 @@ class DeepSpeedEngine:
     def _forward(self, want: frozenset[str]) -> exact.Forward:
         return lambda exp, rows: self.engine(**stage_inputs(exp, rows), want=want)
 
-    def batches(self, exp: Experience) -> exact.Batches:
-        """This rank's micro-batches."""
-        return exact.micro_batches(exp, self.comm.world, self.setup.budget, bool(self.module.packing))[self.comm.rank]
+    def batches(self, exp: Experience, matter: Tensor | None = None) -> exact.Batches:
+        """This rank's micro-batches, of all rows or of those that `matter` [N]."""
+        packing = bool(self.module.packing)
+        return exact.micro_batches(exp, self.comm.world, self.setup.budget, packing, matter)[self.comm.rank]
 
-    def infer(self, exp: Experience, want: frozenset[str]) -> dict[str, Tensor]:
-        """Outputs `want` of all rows, without gradient, on every rank."""
-        outs = exact.infer(exp, self.batches(exp), self._forward(want))
+    def infer(self, exp: Experience, want: frozenset[str], matter: Tensor | None = None) -> dict[str, Tensor]:
+        """Outputs `want` of all rows or of those that `matter`, 0 elsewhere, without gradient, on every rank."""
+        outs = exact.infer(exp, self.batches(exp, matter), self._forward(want))
         return {k: self.comm.sum(v) for k, v in outs.items()}
 
     def step(self, exp: Experience, update: Update, *, lr: float) -> dict[str, float]:
         """One optimizer step on the terms of `update`. Raises GateError before the optimizer on a non-finite loss or gradient."""
-        terms, batches = update.terms, self.batches(exp)
+        terms = update.terms
+        matter = exact.that_matter(terms, exp)
+        batches = self.batches(exp, matter)
         forward = self._forward(exact.wanted(terms))
         self._finite.clear()
         if exact.single_pass_is_exact(terms):
             mine = exact.single_pass(terms, exp, batches, forward, self._backward)
             outs = {k: self.comm.sum(v) for k, v in mine.items()}
         else:
-            outs = self.infer(exp, exact.wanted(terms))
+            outs = self.infer(exp, exact.wanted(terms), matter)
             exact.two_pass(terms, exp, outs, batches, forward, self._backward)
         full = exact.complete(exp, outs)
         losses = exact.term_losses(terms, exp, full, [exact.weights_of(t, exp) for t in terms])
@@ -113,6 +114,9 @@ class DeepSpeedEngine:
         stats["lr"] = lr
         self.updates += 1
         self.moved = lr > 0 and stats["grad_norm"] > 0
+        kept = matter.nonzero().flatten()
+        if 0 < len(kept) < len(exp):  # the others were not forwarded, so nothing is known of them
+            exp, full = exp.rows(kept), {k: v[kept] for k, v in full.items()}
         return stats | diagnose(exp, full)
 
     def evaluate(self, exp: Experience, update: Update) -> dict[str, float]:
@@ -259,12 +263,48 @@ def diagnose(exp: Experience, outs: Mapping[str, Tensor]) -> dict[str, float]:
     return {name: float(call(fn, exp, outs)) for name, fn in DIAGNOSTICS.items() if needs(fn) <= have}
 
 
+def _initialize(module: nn.Module, optimizer: Any, setup: Setup, stage: int) -> tuple[Any, ...]:
+    """DeepSpeed's engine; what it says against the user's own keys, or against this machine, is a ConfigError."""
+    import deepspeed
+
+    if setup.offload == "nvme":
+        _require_aio(setup.nvme_path)
+    try:
+        return deepspeed.initialize(model=module, optimizer=optimizer, config=_config(setup, stage))
+    except (ValueError, AssertionError, KeyError, TypeError) as e:
+        if not setup.extra:
+            raise
+        raise ConfigError(
+            f"hardware.deepspeed={dict(setup.extra)}: DeepSpeed refuses it: {' '.join(str(e).split())}"
+        ) from e
+
+
+def _require_aio(folder: str) -> None:
+    """DeepSpeed writes to an NVMe disk through its async_io operator, which it compiles on first use."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    install = "install libaio (apt-get install libaio-dev, or dnf install libaio-devel), g++ and ninja, or type hardware.offload=cpu"
+    try:
+        builder = AsyncIOBuilder()
+        if not builder.is_compatible(verbose=False):
+            raise ConfigError(f"hardware.offload=nvme: DeepSpeed's async_io needs libaio, which is not here; {install}")
+        builder.load(verbose=False)
+    except (RuntimeError, ImportError, OSError, subprocess.SubprocessError) as e:
+        why = (str(e).strip().splitlines() or [type(e).__name__])[0].partition(": [")[0]  # a compiler's command follows
+        raise ConfigError(f"hardware.offload=nvme: DeepSpeed's async_io cannot be built ({why}); {install}") from e
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ConfigError(f"hardware.nvme_path={folder}: {e.strerror}") from None
+
+
 def _config(setup: Setup, stage: int) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": stage}
     if setup.offload != "none":
-        zero["offload_optimizer"] = {"device": setup.offload}
+        where = {"device": setup.offload} | ({"nvme_path": setup.nvme_path} if setup.offload == "nvme" else {})
+        zero["offload_optimizer"] = dict(where)
         if stage == 3:
-            zero["offload_param"] = {"device": setup.offload}
+            zero["offload_param"] = dict(where)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from rlhf_cli.inject import call, is_rowwise, needs
+from rlhf_cli.inject import call, is_rowwise, is_weighted_by_advantage, needs
 from rlhf_cli.models.packing import packed_size
 from rlhf_cli.types import OUTPUTS, Experience, Term
 
@@ -30,6 +30,13 @@ def wanted(terms: Sequence[Term]) -> frozenset[str]:
 def single_pass_is_exact(terms: Sequence[Term]) -> bool:
     """Whether no term couples rows."""
     return all(is_rowwise(t.objective) for t in terms)
+
+
+def that_matter(terms: Sequence[Term], exp: Experience) -> Tensor:
+    """[N] bool: rows that can move a weight. Where every term is weighted by the advantage, rows without one cannot."""
+    if exp.advantage is None or not all(is_weighted_by_advantage(t.objective) for t in terms):
+        return torch.ones(len(exp), dtype=torch.bool)
+    return (exp.advantage.masked_fill(~exp.mask, 0) != 0).any(-1)
 
 
 def weights_of(term: Term, exp: Experience) -> Tensor:
@@ -134,13 +141,18 @@ def fit(x: Tensor, width: int) -> Tensor:
 Piece = tuple[int, int, Tensor]  # tokens when packed, longest row, rows
 
 
-def micro_batches(exp: Experience, world: int, budget: int, packing: bool) -> list[list[Tensor | None]]:
+def micro_batches(
+    exp: Experience, world: int, budget: int, packing: bool, matter: Tensor | None = None
+) -> list[list[Tensor | None]]:
     """Per rank, its micro-batches: whole groups while they fit into `budget` tokens; the same number on every rank.
+
+    `matter` [N] bool: the rows to forward; all when None.
 
     Computed identically on every rank from global tensors. Unequal counts would hang ZeRO-3, hence the None fillers. Without packing
     a micro-batch costs its rows times its longest row.
     """
-    groups = [(exp.group == g).nonzero().flatten() for g in torch.unique(exp.group).tolist()]
+    wanted = torch.ones(len(exp), dtype=torch.bool) if matter is None else matter
+    groups = [((exp.group == g) & wanted).nonzero().flatten() for g in torch.unique(exp.group[wanted]).tolist()]
     pieces = [piece for rows in groups for piece in _pieces(exp, rows, budget, packing)]
     pieces.sort(key=lambda p: -p[0])
     load = [0] * world

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from rlhf_cli.config import build
@@ -15,12 +16,8 @@ class Launcher(Protocol):
         """The `auto` values of `hardware` that can be told now; with `here` off a run is planned on another machine than its own."""
         ...
 
-    def __call__(self, cfg: Any) -> int:
-        """Freeze the configuration and start the run. Returns the exit status."""
-        ...
-
-    def again(self, rundir: RunDir, cfg: Any) -> int:
-        """Start a run that is frozen already."""
+    def __call__(self, cfg: Any, freeze: Callable[[], RunDir]) -> int:
+        """Start the run. `freeze` claims its directory, new or old, and writes the configuration there. Returns the exit status."""
         ...
 
     def script(self, cfg: Any) -> str:

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import base64
-import json
 import os
-import signal
-import subprocess
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from rlhf_cli.config import load_config
-from rlhf_cli.errors import ConfigError, GateError
-from rlhf_cli.hardware import free_port, resolve_hardware
+from rlhf_cli.errors import ConfigError
+from rlhf_cli.hardware import resolve_hardware
 from rlhf_cli.launch import queue, step
 from rlhf_cli.launch.choose import launcher_of
+from rlhf_cli.launch.nodes import Place, await_config, place_of
+from rlhf_cli.launch.ranks import run_ranks
+from rlhf_cli.launch.stop import Stop
 from rlhf_cli.plan import validate
-from rlhf_cli.record.rundir import RunDir, base_name, name_run
+from rlhf_cli.record.files import full_disk, write_text_atomic
+from rlhf_cli.record.rundir import RunDir, base_name, busy, name_run
 from rlhf_cli.report.planned import describe
 
 FREE = (
@@ -35,65 +35,99 @@ FREE = (
     "steps",
 )  # may differ on resume
 MAY_CHANGE = ("hardware", "gates", "eval")  # may differ, said aloud
+HERE = ("hardware.node_rank", "hardware.master", "hardware.hostfile")  # where a machine stands; not worth a word
 
 
 def launch(cfg: Any) -> int:
-    """Freeze the configuration into the run directory and hand it to the launcher of `cfg`."""
+    """Hand a configuration to the launcher that it names, which freezes it in a run directory and runs it."""
     validate(cfg)
     launcher = launcher_of(cfg)
     OmegaConf.update(cfg, "hardware", launcher.hardware(cfg), merge=True)
-    return launcher(cfg)
+    return launcher(cfg, lambda: prepare(cfg))
+
+
+def follow(rundir: RunDir, cfg: Any, place: Place) -> int:
+    """Run this machine's ranks of a run that machine 0 froze."""
+    await_config(rundir, OmegaConf.to_container(cfg, resolve=True), differences)
+    return start(rundir, cfg.hardware, place)
 
 
 def resume(path: Path, overrides: list[str]) -> int:
     """Go on with a run from its newest valid checkpoint; `overrides` change its configuration, said aloud."""
+    rundir = RunDir(path)
     if not (path / "config.yaml").exists():
         raise ConfigError(f"resume: {path} is no run directory (no config.yaml in it); rlhf resume runs/NAME")
-    _refuse_busy(RunDir(path))
     cfg = load_config(path)
     cfg.resume = "auto"
+    cfg.run.dir, cfg.run.name = str(path.parent), path.name  # it may have been moved
     before = OmegaConf.to_container(cfg, resolve=True)
     if overrides:
         from rlhf_cli.override import override
 
         cfg = override(cfg, overrides)
         validate(cfg)
-        OmegaConf.update(cfg, "hardware", launcher_of(cfg).hardware(cfg), merge=True)
-        for key, (old, new) in differences(before, OmegaConf.to_container(cfg, resolve=True)).items():
-            print(f"rlhf: resume changes {key}: {old} -> {new}", flush=True)
-    status = RunDir(path).status()
+    launcher = launcher_of(cfg)
+    OmegaConf.update(cfg, "hardware", launcher.hardware(cfg), merge=True)
+    status = rundir.status()
     if status.get("status") == "finished" and cfg.steps <= int(status.get("step", -1)) and cfg.resume == "auto":
         print(f"rlhf: {path} is finished ({cfg.steps} steps); for more, type rlhf resume {path} steps=N", flush=True)
         return 0
-    rundir = RunDir(path)
-    rundir.save_config(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
-    return launcher_of(cfg).again(rundir, cfg)
+    return launcher(cfg, lambda: _reopen(rundir, cfg, before))
+
+
+@contextmanager
+def _released(rundir: RunDir) -> Iterator[None]:
+    """Let go of a claimed run at the end; a full disk is said in one line."""
+    try:
+        yield
+    except OSError as e:
+        raise full_disk(e, rundir.path) or e from None
+    finally:
+        rundir.release()
+
+
+def _reopen(rundir: RunDir, cfg: Any, before: Any) -> RunDir:
+    """Claim a run and freeze its changed configuration; `before`: as it was."""
+    after: Any = OmegaConf.to_container(cfg, resolve=True)
+    with _claimed(rundir):
+        for key, (old, new) in differences(before, after).items():
+            if key not in HERE:
+                print(f"rlhf: resume changes {key}: {old} -> {new}", flush=True)
+        _freeze(rundir, after)
+    return rundir
 
 
 def prepare(cfg: Any) -> RunDir:
-    """The run directory, new or one that may be continued; never another experiment's."""
+    """The run directory, claimed, new or one that may be continued; never another experiment's."""
     named = bool(cfg.run.name)
     if not named:
         cfg.run.name = name_run(cfg.run.dir, cfg.names)
     path = Path(cfg.run.dir) / cfg.run.name
-    rundir = RunDir(path)
-    _refuse_busy(rundir)
-    plain: Any = OmegaConf.to_container(cfg, resolve=True)
-    if named and _has_work(path):
-        _refuse_other(path, plain, cfg.resume)
-    rundir.create()
-    rundir.save_config(plain)
-    (path / "plan.txt").write_text(describe(cfg) + "\n", encoding="utf-8")
+    rundir = RunDir(path).create()
+    with _claimed(rundir):
+        plain: Any = OmegaConf.to_container(cfg, resolve=True)
+        if named and _has_work(path):
+            _refuse_other(path, plain, cfg.resume)
+        _freeze(rundir, plain)
+        write_text_atomic(path / "plan.txt", describe(cfg) + "\n")
     return rundir
 
 
-def _refuse_busy(rundir: RunDir) -> None:
-    """Two writers would mix their files; the second must not even touch the configuration."""
-    holder = rundir.writer() or _queued(rundir)
-    if holder:
-        raise ConfigError(
-            f"run {rundir.name} is being written by {holder}; stop it (rlhf cancel {rundir.path}), or choose another run.name"
-        )
+@contextmanager
+def _claimed(rundir: RunDir) -> Iterator[None]:
+    """Become the one writer, also after this; an error inside lets go again.
+
+    Two writers would mix their files; the second, at work or in a queue, must not even touch the configuration.
+    """
+    job = _queued(rundir)
+    if job:
+        raise busy(rundir, job)
+    rundir.claim()
+    try:
+        yield
+    except BaseException as e:
+        rundir.release()
+        raise full_disk(e, rundir.path) or e from None
 
 
 def _queued(rundir: RunDir) -> str | None:
@@ -103,6 +137,11 @@ def _queued(rundir: RunDir) -> str | None:
         return None
     found = (queue.jobs([job]) or {}).get(job)
     return f"job {job} ({found.state.lower()})" if found and (found.waiting or found.active) else None
+
+
+def _freeze(rundir: RunDir, plain: dict[str, Any]) -> None:
+    """Write the configuration, without where this machine stands: another start may be made from elsewhere."""
+    rundir.save_config(plain | {"hardware": plain["hardware"] | {"node_rank": None, "master": "", "hostfile": ""}})
 
 
 def _has_work(path: Path) -> bool:
@@ -117,15 +156,20 @@ def _refuse_other(path: Path, plain: Mapping[str, Any], resume_mode: str) -> Non
         raise ConfigError(f"run {path} exists and resume=never; choose another run.name, or resume=auto to continue it")
     old: Any = OmegaConf.to_container(OmegaConf.load(path / "config.yaml"), resolve=True)
     found = differences(old, plain)
-    hard = [k for k in found if k.split(".")[0] not in (*FREE, *MAY_CHANGE)]
+    hard = _hard(found)
     if hard:
         was, now = found[hard[0]]
         raise ConfigError(
             f"run {path} exists with another configuration: {hard[0]} was {was}, now {now}; choose another run.name, "
             f"or change it on purpose with rlhf resume {path} {hard[0]}={now}"
         )
-    for key in (k for k in found if k.split(".")[0] in MAY_CHANGE):
+    for key in (k for k in found if k.split(".")[0] in MAY_CHANGE and k not in HERE):
         print(f"rlhf: continuing {path} with {key}: {found[key][0]} -> {found[key][1]}", flush=True)
+
+
+def _hard(found: Mapping[str, Any]) -> list[str]:
+    """The keys among those found different that make another experiment."""
+    return [k for k in found if k.split(".")[0] not in (*FREE, *MAY_CHANGE)]
 
 
 def differences(a: Any, b: Any, key: str = "") -> dict[str, tuple[Any, Any]]:
@@ -145,82 +189,20 @@ def calm(threads: int) -> None:
     speed on a quiet one. A tenth of a millisecond of spinning avoids both.
     """
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def start(rundir: RunDir, processes: int, threads: int) -> int:
-    """Run the ranks: one in place, several under DeepSpeed's launcher."""
-    calm(threads)
-    os.environ.setdefault("RLHF_ARGV", json.dumps(["rlhf", *sys.argv[1:]]))
-    if processes == 1:
-        from rlhf_cli.worker import main
+def start(rundir: RunDir, hardware: Any, place: Place) -> int:
+    """Run the ranks of this machine: a lone one in place, several under DeepSpeed's launcher."""
+    calm(hardware.threads)
+    os.environ.setdefault("RLHF_ARGV", step.argv())
+    stop = Stop()
+    if hardware.processes * place.nodes > 1:
+        return run_ranks(rundir, hardware, place, stop)
+    from rlhf_cli.worker import main
 
-        return main(rundir.path)
-    return run_ranks(rundir, processes)
-
-
-def run_ranks(rundir: RunDir, processes: int) -> int:
-    """DeepSpeed's per-node launcher: starts the ranks with their environment, and stops all when one fails."""
-    world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(processes))}).encode()).decode()
-    command = [
-        sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={world}", "--node_rank=0", "--master_addr=127.0.0.1",
-        f"--master_port={free_port()}", "--no_local_rank", "--log_level=critical", "--module", "rlhf_cli.worker", str(rundir.path),
-    ]  # fmt: skip
-    environment = {
-        **os.environ,
-        "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu" if not _cuda(rundir) else "cuda"),
-    }
-    before = rundir.status()
-    for old in rundir.logs.glob("rank-*.error"):  # of an earlier try
-        old.unlink()
-    log = (rundir.logs / "launcher.log").open("a", encoding="utf-8")
-    ranks = subprocess.Popen(command, env=environment, stderr=log, start_new_session=True)
-    for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(s, lambda number, _: _forward(ranks, number))
-    code = ranks.wait()
-    log.close()
-    return _explain(rundir, code, before)
-
-
-def _forward(launcher: subprocess.Popen[bytes], number: int) -> None:
-    """Pass a signal to the ranks, which checkpoint and end; the launcher itself would kill them at once."""
-    for child in children(launcher.pid):
-        try:
-            os.kill(child, number)
-        except ProcessLookupError:
-            continue
-
-
-def children(pid: int) -> list[int]:
-    """Direct children of a process."""
-    found = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        found += [int(p) for p in task.read_text().split()]
-    return found
-
-
-def _explain(rundir: RunDir, code: int, before: Mapping[str, Any]) -> int:
-    """Show the first failing rank's error. `before`: the status when the ranks started."""
-    status = rundir.status()
-    if status.get("status") == "preempted" and status != before:
-        return 75
-    if code == 0:
-        return 0
-    errors = sorted(rundir.logs.glob("rank-*.error"), key=lambda p: p.stat().st_mtime)
-    if errors:
-        last = errors[0].read_text(encoding="utf-8").strip().splitlines()[-1]
-        kind, _, text = last.partition(": ")
-        rank = errors[0].stem.removeprefix("rank-")
-        if kind.rpartition(".")[2] in ("ConfigError", "GateError"):
-            refused = GateError if kind.endswith("GateError") else ConfigError
-            raise refused(text if text.startswith(f"rank {rank}") else f"rank {rank}: {text}")
-        raise ConfigError(f"rank {rank} failed: {last}; the traceback is in {errors[0]}")
-    raise ConfigError(f"the ranks ended with status {code}; see {rundir.logs}/launcher.log and rank-*.log")
-
-
-def _cuda(rundir: RunDir) -> bool:
-    return OmegaConf.load(rundir.path / "config.yaml").hardware.device == "cuda"
+    return main(rundir, stop)
 
 
 def run_verb(verb: str, cfg: Any) -> int:
@@ -237,34 +219,28 @@ def run_verb(verb: str, cfg: Any) -> int:
 
 
 class Local:
-    """This machine. Where srun started several of this process, each of them is a rank."""
+    """This machine, or each of `hardware.nodes`. Where srun started several of this process, each of them is a rank."""
 
     def hardware(self, cfg: Any, *, here: bool = True) -> dict[str, Any]:
         """What this machine has."""
         task = step.here()
         return step.hardware(cfg, task) if task and task.world > 1 else resolve_hardware(cfg, here=here)
 
-    def __call__(self, cfg: Any) -> int:
+    def __call__(self, cfg: Any, freeze: Callable[[], RunDir]) -> int:
         """Run to the end."""
         task = step.here()
-        if task is None or (task.world == 1 and cfg.hardware.processes > 1):
-            return self._start(prepare(cfg), cfg)
-        if "SUBMITIT_EXECUTOR" not in os.environ:  # whose own command would be noted otherwise
-            os.environ.setdefault("RLHF_ARGV", step.argv())
-        cfg.run.name = cfg.run.name or base_name(cfg.names, f"job{task.job}")  # a requeued job finds it again
-        return step.run(cfg, task, lambda: prepare(cfg))
-
-    def again(self, rundir: RunDir, cfg: Any) -> int:
-        """Go on to the end."""
-        task = step.here()
-        if task is None or task.world == 1:
-            return self._start(rundir, cfg)
-        OmegaConf.update(cfg, "hardware", step.hardware(cfg, task), merge=True)
-        return step.run(cfg, task, lambda: rundir)
-
-    def _start(self, rundir: RunDir, cfg: Any) -> int:
-        (rundir.path / "job.json").unlink(missing_ok=True)  # no job writes this run from here on
-        return start(rundir, cfg.hardware.processes, cfg.hardware.threads)
+        if task is not None and (task.world > 1 or cfg.hardware.processes == 1):
+            if "SUBMITIT_EXECUTOR" not in os.environ:  # whose own command would be noted otherwise
+                os.environ.setdefault("RLHF_ARGV", step.argv())
+            cfg.run.name = cfg.run.name or base_name(cfg.names, f"job{task.job}")  # a requeued job finds it again
+            return step.run(cfg, task, freeze, Stop())
+        place = place_of(cfg)
+        if place.node_rank:
+            return follow(RunDir(Path(cfg.run.dir) / cfg.run.name), cfg, place)
+        rundir = freeze()
+        with _released(rundir):
+            (rundir.path / "job.json").unlink(missing_ok=True)  # no job writes this run from here on
+            return start(rundir, cfg.hardware, place)
 
     def script(self, cfg: Any) -> str:
         """Nothing waits in a queue."""

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Callable
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
@@ -72,21 +73,16 @@ class Slurm:
         known = {"device": device, "processes": processes, "nodes": self.nodes}
         return known | ({"threads": cfg.hardware.threads or self.cpus_per_task} if self.cpus_per_task else {})
 
-    def __call__(self, cfg: Any) -> int:
+    def __call__(self, cfg: Any, freeze: Callable[[], RunDir]) -> int:
         """Freeze the run, submit it, and return."""
-        from rlhf_cli.launch.local import prepare
-
         _check_here()
         self._executor(cfg, Path("unnamed"))  # settings are refused before anything is written
-        return self.again(prepare(cfg), cfg)
-
-    def again(self, rundir: RunDir, cfg: Any) -> int:
-        """Submit a frozen run, for the first time or to go on."""
-        _check_here()
         os.environ.setdefault("RLHF_ARGV", step.argv())
-        path = rundir.path.resolve()
-        for old in rundir.logs.glob("rank-*.error"):  # of an earlier try
+        rundir = freeze()
+        for old in rundir.errors():  # of an earlier try
             old.unlink()
+        rundir.release()  # the job claims it
+        path = rundir.path.resolve()
         executor = self._executor(cfg, path)
         try:
             with redirect_stderr(StringIO()):  # submitit prints what its exception says again

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -20,12 +18,12 @@ from rlhf_cli.config import load_config
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.hardware import resolve_hardware
 from rlhf_cli.launch import queue
-from rlhf_cli.record.files import redirect
+from rlhf_cli.launch.stop import Stop
+from rlhf_cli.record.output import logged
 from rlhf_cli.record.rundir import RunDir, now
 
 PREEMPTED = 75
 FIRST_PORT, PORTS = 15_000, 15_000  # below the range that systems deal out
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @dataclass(frozen=True)
@@ -82,18 +80,17 @@ def submitted(path: str, max_requeues: int) -> None:
     """One task of the job that `launcher=slurm` submitted, from its start to its end."""
     step = here()
     assert step is not None, "runs inside a job only"
-    rundir = RunDir(path)
-    redirect(rundir.logs / f"rank-{step.rank}.log")
-    _give_up_early(rundir, step, max_requeues)
+    rundir, stop = RunDir(path), Stop()
+    stop.told = lambda _: _give_up_early(rundir, step, max_requeues)  # until the session listens
     cfg = load_config(rundir.path)
     OmegaConf.update(cfg, "hardware", hardware(cfg, step), merge=True)
-    code = run(cfg, step, lambda: _frozen(cfg, rundir), max_requeues)
+    code = run(cfg, step, lambda: _frozen(cfg, rundir), stop, max_requeues)
     if code:
         sys.exit(code)
 
 
-def run(cfg: Any, step: Step, freeze: Callable[[], RunDir], max_requeues: int = 100) -> int:
-    """Join the other ranks, let rank 0 freeze the configuration, and train. Returns the exit status.
+def run(cfg: Any, step: Step, freeze: Callable[[], RunDir], stop: Stop, max_requeues: int = 100) -> int:
+    """Join the other ranks, let rank 0 claim the run and freeze the configuration, and train. Returns the exit status.
 
     A run that a signal stopped goes back into the queue, where submitit started it; that is no failure: 0.
     """
@@ -104,12 +101,15 @@ def run(cfg: Any, step: Step, freeze: Callable[[], RunDir], max_requeues: int = 
     from rlhf_cli import worker
 
     comm = worker.join(cfg)
-    path, wrong = comm.broadcast(_attempt(freeze, step) if step.rank == 0 else None)
+    claimed, wrong = _attempt(freeze, step) if step.rank == 0 else (None, "")
+    path, wrong = comm.broadcast((claimed and str(claimed.path), wrong))
     if wrong:
         raise ConfigError(wrong) if step.rank == 0 else SystemExit(2)
-    code = worker.guarded(Path(path))
+    rundir = claimed or RunDir(path)
+    code = worker.entry(rundir, stop)
+    rundir.release()
     if code == PREEMPTED and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
-        return _requeued(RunDir(path), step, max_requeues)
+        return _requeued(rundir, step, max_requeues)
     return code
 
 
@@ -126,20 +126,21 @@ def hardware(cfg: Any, step: Step) -> dict[str, Any]:
     return resolve_hardware(cfg, here=False)
 
 
-def _attempt(freeze: Callable[[], RunDir], step: Step) -> tuple[str, str]:
-    """(path, what was wrong): the other ranks wait for either."""
+def _attempt(freeze: Callable[[], RunDir], step: Step) -> tuple[RunDir | None, str]:
+    """The claimed run, or what was wrong: the other ranks wait for either."""
     try:
         rundir = freeze()
     except Exception as e:
-        return "", str(e) or type(e).__name__
-    if not (rundir.path / "job.json").exists() or rundir.job().get("job") != step.job:
+        return None, str(e) or type(e).__name__
+    if rundir.job().get("job") != step.job:
         rundir.write_json("job.json", {"job": step.job, "time": now()})
-    for old in rundir.logs.glob("rank-*.error"):  # of an earlier try
-        old.unlink()
-    return str(rundir.path), ""
+    for old in (*rundir.errors(), rundir.silent):  # of an earlier try
+        old.unlink(missing_ok=True)
+    return rundir, ""
 
 
 def _frozen(cfg: Any, rundir: RunDir) -> RunDir:
+    rundir.claim()
     rundir.save_config(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
     return rundir
 
@@ -148,12 +149,13 @@ def _requeued(rundir: RunDir, step: Step, max_requeues: int) -> int:
     """Back into the queue by rank 0; the others just end. Returns the exit status."""
     if step.rank:
         return 0
-    why = _why_not(rundir, step, max_requeues)
-    if why:
-        print(f"not requeued: {why}; go on with: rlhf resume {rundir.path}", flush=True)
-        return PREEMPTED
-    print(f"requeued job {step.job} ({step.restarts + 1} of at most {max_requeues} times)", flush=True)
-    return 0
+    with logged(rundir.logs / "rank-0.log", shown=True):
+        why = _why_not(rundir, step, max_requeues)
+        if why:
+            print(f"not requeued: {why}; go on with: rlhf resume {rundir.path}", flush=True)
+            return PREEMPTED
+        print(f"requeued job {step.job} ({step.restarts + 1} of at most {max_requeues} times)", flush=True)
+        return 0
 
 
 def _why_not(rundir: RunDir, step: Step, max_requeues: int) -> str:
@@ -168,14 +170,9 @@ def _why_not(rundir: RunDir, step: Step, max_requeues: int) -> str:
 
 
 def _give_up_early(rundir: RunDir, step: Step, max_requeues: int) -> None:
-    """Until the worker listens to signals, one that comes loses nothing: back into the queue at once."""
-
-    def back(number: int, frame: Any) -> None:
-        if step.rank == 0:
-            os._exit(_requeued(rundir, step, max_requeues))
-
-    for s in SIGNALS:
-        signal.signal(s, back)
+    """A signal before the session listens loses nothing: back into the queue at once."""
+    if step.rank == 0:
+        os._exit(_requeued(rundir, step, max_requeues))
 
 
 def argv() -> str:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rlhf_cli.models.packing import pack, shifted, to_device
 
-CHUNK = 512  # positions whose logits exist at a time
+CHUNK = 256  # positions whose logits exist at a time
 
 
 class PolicyHead(nn.Module):
@@ -42,6 +42,11 @@ class PolicyHead(nn.Module):
         source = shifted(place)[mask]  # [n]
         targets = ids[mask].to(hidden.device)
         entropy = "entropy" in want
+        where = mask.to(hidden.device)
+        weight = plain_weight(hf.get_output_embeddings())
+        if weight is not None and not entropy and not _cap(hf):
+            chosen = hidden[source.to(hidden.device)]
+            return {"logp": _scatter(where, LinearLogp.apply(chosen, weight, targets, self.temperature))}
         parts = []
         for rows, target in zip(source.split(CHUNK), targets.split(CHUNK), strict=True):
             chunk = hidden[rows.to(hidden.device)]
@@ -49,7 +54,6 @@ class PolicyHead(nn.Module):
             parts.append(
                 checkpoint(_token_logp, *args, use_reentrant=False) if torch.is_grad_enabled() else _token_logp(*args)
             )
-        where = mask.to(hidden.device)
         names = ("logp", "entropy") if entropy else ("logp",)
         columns = [torch.cat(x) for x in zip(*parts, strict=True)] if parts else [precise(hidden[:0].sum(-1))] * 2
         return {name: _scatter(where, x) for name, x in zip(names, columns, strict=False) if name in want}
@@ -124,6 +128,61 @@ def _token_logp(
     return logp, total - ((wide - total[:, None]).exp() * wide).sum(-1)
 
 
+class LinearLogp(torch.autograd.Function):
+    """log softmax(hidden @ weight.T / temperature)[target], [n], of hidden [n, D] and weight [V, D], at least in fp32.
+
+    Only one number per row is saved; logits are made again in the backward pass, a chunk at a time, and the gradient of the weight is
+    added up in fp32 at least.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> Tensor:
+        picked, total = [hidden.new_empty(len(hidden), dtype=_wide(hidden.dtype)) for _ in range(2)]
+        for at in _chunks(len(hidden)):
+            x = _logits(hidden[at], weight, temperature)
+            picked[at] = x.gather(-1, target[at, None]).squeeze(-1)
+            top = x.amax(-1, keepdim=True)
+            total[at] = x.sub_(top).exp_().sum(-1).log_() + top.squeeze(-1)
+        ctx.save_for_backward(hidden, weight, target, total)
+        ctx.temperature = temperature
+        return picked - total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
+        hidden, weight, target, total = ctx.saved_tensors
+        grad = grad / ctx.temperature
+        hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        weight_grad = weight.new_zeros(weight.shape, dtype=grad.dtype) if ctx.needs_input_grad[1] else None
+        for at in _chunks(len(hidden)):
+            x = _logits(hidden[at], weight, ctx.temperature)
+            x.sub_(total[at, None]).exp_().mul_(-grad[at, None]).scatter_add_(-1, target[at, None], grad[at, None])
+            x = x.to(weight.dtype)
+            if hidden_grad is not None:
+                torch.mm(x, weight, out=hidden_grad[at])
+            if weight_grad is not None and weight_grad.dtype == x.dtype:
+                weight_grad.addmm_(x.t(), hidden[at])
+            elif weight_grad is not None:
+                weight_grad += x.t() @ hidden[at]
+        return hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype), None, None
+
+
+def plain_weight(head: nn.Module) -> Tensor | None:
+    """The weight of an output layer that is only a matrix, whole on this rank; None for adapters, biases and ZeRO-3 shards."""
+    if type(head) is not nn.Linear or head.bias is not None or hasattr(head.weight, "ds_id"):
+        return None
+    return head.weight
+
+
+def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    """[n, V] in fp32 at least, a tensor of its own."""
+    x = precise(hidden @ weight.t())
+    return x if temperature == 1.0 else x.div_(temperature)
+
+
+def _chunks(n: int) -> list[slice]:
+    return [slice(i, min(n, i + CHUNK)) for i in range(0, n, CHUNK)]
+
+
 class TargetLogp(torch.autograd.Function):
     """log softmax(logits)[target], at least in fp32, with half the passes over [n, V] that autograd's own would make."""
 
@@ -151,7 +210,11 @@ def _cap(hf: Any) -> float | None:
 
 def precise(x: Tensor) -> Tensor:
     """At least float32."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(_wide(x.dtype))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _scatter(mask: Tensor, values: Tensor) -> Tensor:

@@ -11,10 +11,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlhf_cli.inject import per_row, rowwise
+from rlhf_cli.inject import per_row, rowwise, weighted_by_advantage
 from rlhf_cli.kl import bounded_exp, estimate
 
 
+@weighted_by_advantage
 @rowwise
 def ppo_clip(
     logp: Tensor, old_logp: Tensor, advantage: Tensor, *, eps_low: float, eps_high: float, dual_clip: float | None
@@ -40,6 +41,7 @@ def ppo_clip(
     return -gain
 
 
+@weighted_by_advantage
 @rowwise
 def reinforce(logp: Tensor, advantage: Tensor) -> Tensor:
     """Score-function surrogate: -A logp, [N, T].
@@ -54,6 +56,7 @@ def reinforce(logp: Tensor, advantage: Tensor) -> Tensor:
     return -advantage * logp
 
 
+@weighted_by_advantage
 @per_row
 @rowwise
 def sequence_ratio_clip(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
-import sys
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from rlhf_cli.errors import ConfigError
 
 
 def write_text_atomic(path: Path, text: str) -> None:
@@ -27,6 +30,19 @@ def write_json_atomic(path: Path, obj: Any) -> None:
     write_text_atomic(path, json.dumps(strict(obj), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
+def full_disk(e: BaseException, path: Path) -> ConfigError | None:
+    """What to say when `e` means that the disk behind the run `path` takes no more; None when it means something else."""
+    number, what = getattr(e, "errno", None), str(e)
+    rust = re.search(r"os error (\d+)", what)  # safetensors
+    number = int(rust[1]) if number is None and rust else number
+    if number not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+        return None
+    name = getattr(e, "filename", None) or path
+    return ConfigError(
+        f"cannot write {name}: {os.strerror(number)}; everything up to the newest checkpoint is kept: make room, then rlhf resume {path}"
+    )
+
+
 def strict(value: Any) -> Any:
     """`value` with every NaN and infinity replaced by None, and paths and other foreign leaves by their text."""
     if isinstance(value, Mapping):
@@ -42,15 +58,6 @@ def strict(value: Any) -> Any:
 def plain(value: Any) -> Any:
     """A zero-dimensional tensor or array as the number it holds, exactly; anything else as it is."""
     return value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
-
-
-def redirect(path: Path) -> None:
-    """Send this process's output to a file, append, unbuffered by line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    f = path.open("a", encoding="utf-8", buffering=1)
-    os.dup2(f.fileno(), 1)
-    os.dup2(f.fileno(), 2)
-    sys.stdout = sys.stderr = f
 
 
 def sync_folder(folder: Path) -> None:

@@ -4,41 +4,55 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import signal
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
 from rlhf_cli.record.files import write_json_atomic
-from rlhf_cli.record.rundir import now
+from rlhf_cli.record.rundir import RunDir, now
 
 EXIT = 75  # EX_TEMPFAIL: worth another try
 WRITE_EVERY = 10.0  # seconds between files while the phase stays; a change of phase is written within POLL
 POLL = 1.0
+STACKS = signal.SIGQUIT  # writes the stacks, then ends the process: clusters warn of a time limit by SIGUSR1 or 2
 
 
 class Heartbeat:
-    """Watches one rank from a daemon thread: silence longer than `timeout` dumps all Python stacks, then exits with 75.
+    """Watches one rank from a daemon thread: silence longer than `timeout` dumps every rank's Python stacks, then exits with 75.
 
-    The interpreter's own C-level timer, at twice the limit, ends a process whose interpreter lock is stuck (exit 1).
+    The silent rank writes logs/silent; the threads of the others see it, dump their own stacks and exit too. A rank whose interpreter lock is
+    stuck dumps on SIGQUIT, which its keeper sends; one without keeper is ended by a C-level timer at twice the limit (exit 1).
 
     Args:
         path: the run's folder; logs/heartbeat-rank-N.json and logs/rank-N.stacks go below it.
         rank: this process.
         timeout: seconds of silence allowed; 0 turns the watch off.
         on_silence: called with the reason before the exit, for at most 5 s.
+        ranks: processes of the run.
     """
 
-    def __init__(self, path: Path, rank: int, timeout: float, on_silence: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        rank: int,
+        timeout: float,
+        on_silence: Callable[[str], None] | None = None,
+        *,
+        ranks: int = 1,
+    ) -> None:
         self.enabled = timeout > 0
-        self.rank = rank
+        self.rank, self.ranks = rank, ranks
         self.timeout = timeout
         self.on_silence = on_silence
         self.file = path / "logs" / f"heartbeat-rank-{rank}.json"
-        self.stacks = path / "logs" / f"rank-{rank}.stacks"
+        self.stacks = RunDir(path).stacks(rank)
+        self.silent = RunDir(path).silent
         self._beat = (time.monotonic(), "start")
         self._stop = threading.Event()
         self._written = (0.0, "")
@@ -48,8 +62,12 @@ class Heartbeat:
         """Begin to watch."""
         if self.enabled and self._thread is None:
             self.file.parent.mkdir(parents=True, exist_ok=True)
+            if self.rank == 0:
+                self.silent.unlink(missing_ok=True)  # of an earlier try
+            stacks = self.stacks.open("w", encoding="utf-8")
+            faulthandler.register(STACKS, file=stacks, all_threads=True, chain=True)
             self.beat("start")
-            self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
+            self._thread = threading.Thread(target=self._watch, args=(stacks,), name="heartbeat", daemon=True)
             self._thread.start()
         return self
 
@@ -64,21 +82,24 @@ class Heartbeat:
             self._thread.join(timeout=2 * POLL)
             self._thread = None
 
-    def _watch(self) -> None:
+    def _watch(self, stacks: TextIO) -> None:
         interval = min(POLL, self.timeout / 4)
-        with self.stacks.open("w", encoding="utf-8") as stacks:
+        polled = time.monotonic()
+        while not self._stop.wait(interval):
+            faulthandler.dump_traceback_later(2 * self.timeout + 10, exit=True, file=stacks)
+            last = polled
             polled = time.monotonic()
-            while not self._stop.wait(interval):
-                faulthandler.dump_traceback_later(2 * self.timeout + 10, exit=True, file=stacks)
-                last = polled
-                polled = time.monotonic()
-                if polled - last > 5 + 5 * interval:  # the whole process was suspended: that is not silence
-                    self.beat()
-                beat, phase = self._beat
-                if polled - beat > self.timeout:
-                    self._give_up(polled - beat, phase, stacks)
-                self._write(polled, beat, phase)
-            faulthandler.cancel_dump_traceback_later()
+            if polled - last > 5 + 5 * interval:  # the whole process was suspended: that is not silence
+                self.beat()
+            beat, phase = self._beat
+            if polled - beat > self.timeout:
+                self._give_up(f"rank {self.rank} silent for {polled - beat:.0f} s in phase {phase}", stacks)
+            if self.ranks > 1 and self.silent.exists():
+                self._follow(polled - beat, phase, stacks)
+            self._write(polled, beat, phase)
+        faulthandler.cancel_dump_traceback_later()
+        faulthandler.unregister(STACKS)
+        stacks.close()
         if self.stacks.stat().st_size == 0:
             self.stacks.unlink()
 
@@ -93,14 +114,23 @@ class Heartbeat:
         except OSError:  # a full or absent disk must not stop the watch
             return
 
-    def _give_up(self, silent: float, phase: str, stacks: TextIO) -> None:
-        reason = f"rank {self.rank} silent for {silent:.0f} s in phase {phase}"
+    def _give_up(self, reason: str, stacks: TextIO) -> None:
         self._dump(reason, stacks)
+        with suppress(OSError):
+            self.silent.write_text(reason, encoding="utf-8")
         if self.on_silence is not None:
             told = threading.Thread(target=self.on_silence, args=(reason,), daemon=True)
             told.start()
             told.join(timeout=5)
         self._dump(reason, sys.__stderr__)
+        if self.ranks > 1:
+            time.sleep(3 * POLL)  # the first exit ends the others, which must have seen the file before
+        os._exit(EXIT)
+
+    def _follow(self, silent: float, phase: str, stacks: TextIO) -> None:
+        """Another rank is silent: dump this one's stacks too, and end with it."""
+        self._dump(f"rank {self.rank} in phase {phase} for {silent:.0f} s", stacks)
+        time.sleep(3 * POLL)
         os._exit(EXIT)
 
     def _dump(self, reason: str, out: TextIO | None) -> None:

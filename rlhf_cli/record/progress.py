@@ -33,11 +33,13 @@ class Progress:
         name: the run's name.
         steps: steps of the whole run.
         stream: where to show it; a terminal gets the live display.
+        log: gets every line too.
     """
 
-    def __init__(self, name: str, steps: int, stream: TextIO | None = None) -> None:
+    def __init__(self, name: str, steps: int, stream: TextIO | None = None, log: TextIO | None = None) -> None:
         self.stream = sys.stdout if stream is None else stream
         self.display: Display | None = None
+        self.log = Plain(steps, log) if log is not None else None
         self._try(lambda: self._open(name, steps))
 
     def phase(self, name: str) -> None:
@@ -63,6 +65,12 @@ class Progress:
         if self.display is None:
             self._try(lambda: print(text, file=self.stream, flush=True))
 
+    def line(self, text: str) -> None:
+        """A line that the program printed, and that is in the log already."""
+        display = self.display
+        if display is None or not self._try(lambda: display.note(text)):
+            self._try(lambda: print(text, file=self.stream, flush=True))
+
     def close(self) -> None:
         """Leave the last state on the screen and give the terminal back."""
         self._show(lambda d: d.close())
@@ -73,7 +81,9 @@ class Progress:
         self.display = Live(name, steps, self.stream) if live else Plain(steps, self.stream)
 
     def _show(self, use: Callable[[Display], None]) -> None:
-        display = self.display
+        display, log = self.display, self.log
+        if log is not None:
+            self._try(lambda: use(log))
         if display is not None and not self._try(lambda: use(display)):
             self.display = None
 
@@ -129,7 +139,9 @@ class Live:
         self.phases: dict[str, float] = {}  # seconds of the last time
         self.active = ("", time.monotonic())
         self.rewards: deque[float] = deque(maxlen=24)
-        self.live = RichLive(self, console=Console(file=stream), refresh_per_second=4)
+        # The log takes what the process prints, and shows it here line by line; nothing is left to redirect.
+        console = Console(file=stream)
+        self.live = RichLive(self, console=console, refresh_per_second=4, redirect_stdout=False, redirect_stderr=False)
         self.live.start()
 
     def resume(self, step: int) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.record.describe import describe, mean, rows_of
@@ -203,13 +203,12 @@ class Recorder:
         return {"step": self._at, "evaluated": self._evaluated, "tokens": self._tokens, "trackers": self.mirror.state()}
 
     def finish(self, status: Status, reason: str = "") -> None:
-        """Close everything and write how the run ended."""
-        for file in (self.metrics, self.samples, self.evaluations):
-            file.close()
-        self._status(status, reason)
-        self.mirror.finish(status)
-        self.progress.close()
-        self.heartbeat.stop()
+        """Close everything and write how the run ended. A failure is told as far as the disk allows."""
+        ends: list[Callable[[], object]] = [self.metrics.close, self.samples.close, self.evaluations.close]
+        ends += [lambda: self._status(status, reason), lambda: self.mirror.finish(status)]
+        for end in (*ends, self.progress.close, self.heartbeat.stop):
+            with suppress(OSError) if status == "failed" else nullcontext():
+                end()
 
     def done(self) -> None:
         """The loop reached its last step."""
@@ -223,6 +222,7 @@ class Recorder:
 
     def _silent(self, reason: str) -> None:
         self._status("failed", reason)
+        self.progress.note(f"{reason}; the stacks are in {self.rundir.logs}/rank-*.stacks")
         self.progress.close()  # gives the cursor back
 
     def _status(self, status: Status, reason: str = "") -> None:

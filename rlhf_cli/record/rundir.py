@@ -10,6 +10,7 @@ import socket
 import time
 import weakref
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -40,6 +41,32 @@ class RunDir:
     @property
     def logs(self) -> Path:
         return self.path / "logs"
+
+    @property
+    def silent(self) -> Path:
+        """A file that any rank writes when it is silent, so that all ranks write their stacks."""
+        return self.logs / "silent"
+
+    @property
+    def claimed(self) -> bool:
+        """Whether this object is the one writer."""
+        return self._lock is not None
+
+    def error(self, rank: int) -> Path:
+        """Where a rank writes why it failed; the last line says it."""
+        return self.logs / f"rank-{rank}.error"
+
+    def errors(self) -> dict[Path, int]:
+        """The error file of every rank that failed, with its time in nanoseconds."""
+        found = {}
+        for path in self.logs.glob("rank-*.error"):
+            with suppress(FileNotFoundError):
+                found[path] = path.stat().st_mtime_ns
+        return found
+
+    def stacks(self, rank: int) -> Path:
+        """Where a rank writes its Python stacks when any rank is silent."""
+        return self.logs / f"rank-{rank}.stacks"
 
     def create(self) -> RunDir:
         """Make the folders; existing ones stay."""
@@ -92,7 +119,7 @@ class RunDir:
         if problem == errno.EWOULDBLOCK:
             holder = _holder(lock)
             lock.close()
-            raise ConfigError(f"run {self.name} is being written by {holder}; stop it, or choose another run.name")
+            raise busy(self, holder)
         lock.truncate(0)
         lock.write(json.dumps(_whoami() | {"time": now()}))
         lock.flush()
@@ -115,6 +142,13 @@ class RunDir:
             return None
         with path.open("r", encoding="utf-8") as lock:
             return _holder(lock) if _flock(lock, fcntl.LOCK_SH) == errno.EWOULDBLOCK else None
+
+
+def busy(run: RunDir, holder: str) -> ConfigError:
+    """What to say when another writer has the run."""
+    return ConfigError(
+        f"run {run.name} is being written by {holder}; stop it (rlhf cancel {run.path}), or choose another run.name"
+    )
 
 
 def name_run(parent: Path | str, names: Mapping[str, str], when: float | None = None) -> str:

@@ -19,6 +19,7 @@ def describe(cfg: Any) -> str:
     OmegaConf.update(cfg, "hardware", launcher.hardware(cfg, here=False), merge=True)
     hw = resolve_hardware(cfg, here=False)
     world = hw["processes"] * cfg.hardware.nodes
+    machines = f"{cfg.hardware.nodes} machines, " if cfg.hardware.nodes > 1 else ""
     threads = f"{cfg.hardware.threads} threads" if cfg.hardware.threads else "all cores that the job gets"
     names = dict(cfg.names)
     title = " ".join(f"{k}={names[k]}" for k in ("algo", "reward", "dataset", "model") if names.get(k))
@@ -28,7 +29,7 @@ def describe(cfg: Any) -> str:
     lines += [
         "",
         "Hardware",
-        f"  {hw['device']}, {world} x {threads}, {hw['precision']}, ZeRO-{cfg.hardware.zero}, offload {cfg.hardware.offload}",
+        f"  {hw['device']}, {machines}{world} x {threads}, {hw['precision']}, ZeRO-{cfg.hardware.zero}, offload {cfg.hardware.offload}",
     ]
     lines += ["", "Models"] + [f"  {name:<14}{why}" for name, why in plan.models.items()]
     copies = {}

@@ -16,6 +16,7 @@ from typing import Any
 
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.launch import queue
+from rlhf_cli.launch.ranks import first_failure
 from rlhf_cli.record.progress import Pace, duration, number
 from rlhf_cli.record.rundir import RunDir
 
@@ -154,19 +155,21 @@ def _gone(rundir: RunDir, said: str, found: queue.Job | None, again: str) -> tup
 
 def first_error(rundir: RunDir) -> str:
     """What ended the rank that failed first, in one line; the others' errors follow from it."""
-    errors = sorted(rundir.logs.glob("rank-*.error"), key=lambda p: p.stat().st_mtime)
-    if not errors:
-        return ""
-    kind, _, text = errors[0].read_text(encoding="utf-8").strip().splitlines()[-1].partition(": ")
-    return f"rank {errors[0].stem.removeprefix('rank-')}: {kind.rpartition('.')[2]}: {text}"
+    first = first_failure(rundir.errors())
+    return "rank {}: {}: {}".format(*first) if first else ""
 
 
 def batch_lines(rundir: RunDir) -> list[str]:
-    """What the batch script and srun themselves printed, without submitit's notes."""
+    """What the batch script and srun themselves printed, without submitit's notes and what rank 0 also logged."""
     job = str(rundir.job().get("job", ""))
     path = rundir.logs / "slurm" / f"{job}_0_log.out"
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if job and path.exists() else []
-    return [line for line in lines if line.strip() and not line.startswith("submitit ")]
+    lines, logged = (_lines(p) if job else [] for p in (path, rundir.logs / "rank-0.log"))
+    known = set(logged)
+    return [line for line in lines if line.strip() and not line.startswith("submitit ") and line not in known]
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
 
 
 def _alive(rundir: RunDir, status: Mapping[str, Any]) -> bool:

@@ -19,7 +19,11 @@ NUCLEUS = 1024  # best tokens tried before a nucleus sorts the whole vocabulary
 
 @dataclass(frozen=True)
 class Decoding:
-    """How a response is drawn. `rows` is the number of rows in every forward; 0 lets the sampler choose."""
+    """How a response is drawn.
+
+    `rows` is the number of rows in every forward; 0 lets the sampler choose, but no more than `wave`, the responses that
+    one step wants of all processes together (0: not known).
+    """
 
     max_tokens: int = 64
     min_tokens: int = 0
@@ -28,6 +32,7 @@ class Decoding:
     top_k: int = 0
     stop: tuple[str, ...] = ()
     rows: int = 0
+    wave: int = 0
 
 
 def choose(logits: Tensor, uniform: Tensor, decoding: Decoding) -> tuple[Tensor, Tensor]:

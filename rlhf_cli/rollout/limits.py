@@ -35,9 +35,9 @@ def check_context(config: Any, prompts: Sequence[Sequence[int]], max_tokens: int
         )
 
 
-def rows_at_a_time(model: Any, device: torch.device, rows: int, longest: int) -> int:
+def rows_at_a_time(model: Any, device: torch.device, rows: int, longest: int, wave: int = 0) -> int:
     """Slots of the cache: `rows`, or when that is 0 the device's usual number, halved until rows of `longest` tokens
-    fit.
+    fit, and no more than the `wave` of rows that a step wants of all processes.
 
     Counts the memory that the machine has, not what is free just now: the same run must decode the same way every time.
     """
@@ -46,7 +46,7 @@ def rows_at_a_time(model: Any, device: torch.device, rows: int, longest: int) ->
     rows = ROWS.get(device.type, 64)
     while rows > 1 and rows * bytes_per_row(model, longest) > SHARE.get(device.type, 0.2) * _memory(device):
         rows //= 2
-    return rows
+    return min(rows, wave) if wave else rows
 
 
 def bytes_per_row(model: Any, longest: int) -> int:

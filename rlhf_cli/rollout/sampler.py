@@ -98,7 +98,7 @@ class Sampler:
         assert len(seeds) == len(prompts) * k, f"{len(seeds)} seeds for {len(prompts)} prompts x {k}"
         longest = max(map(len, prompts), default=0) + decoding.max_tokens
         check_context(self.model.config, prompts, decoding.max_tokens)
-        slots = rows_at_a_time(self.model, self.device, decoding.rows, longest)
+        slots = rows_at_a_time(self.model, self.device, decoding.rows, longest, decoding.wave)
         rows = [_Row(i // k, _uniforms(seed, decoding.max_tokens)) for i, seed in enumerate(seeds)]
         board = Board(slots, longest)
         batch = _Batch(prompts, decoding, rows, board, slot_cache(board), [-1] * slots, [0] * slots, [0] * slots)

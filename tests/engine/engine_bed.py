@@ -22,7 +22,7 @@ from rlhf_cli.types import Experience, Term, Update
 
 LR = 1e-3
 SETUP = Setup(
-    zero=0, bf16=False, offload="none", budget=24, lr=LR, betas=(0.9, 0.999), eps=1e-2, weight_decay=0.01, clip=0.5, extra={}
+    zero=0, bf16=False, offload="none", nvme_path="", budget=24, lr=LR, betas=(0.9, 0.999), eps=1e-2, weight_decay=0.01, clip=0.5, extra={}
 )  # fmt: skip
 surrogate = Term("surrogate", partial(ppo_clip, eps_low=0.2, eps_high=0.2, dual_clip=None), sequence_mean)
 preference = Term("preference", partial(dpo, beta=0.3, label_smoothing=0.0))

@@ -1,0 +1,44 @@
+"""Signals that end a process calmly, and processes that end with their parent. Imports nothing heavy: it is in force before torch loads."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+
+
+class Stop:
+    """Remembers that a signal asked this process to stop at the next step boundary; a second Ctrl-C interrupts at once.
+
+    `told` is called once, from the signal handler, with the signal's name.
+    """
+
+    def __init__(self) -> None:
+        self.signal = ""
+        self.told: Callable[[str], None] = lambda name: None
+        for s in SIGNALS:
+            if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN:  # nohup stays in force
+                signal.signal(s, self._ask)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not self.signal:
+            self.signal = signal.Signals(number).name
+            self.told(self.signal)
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent dies, however that happens (Linux only)."""
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died in between
+        os._exit(1)
