@@ -33,6 +33,7 @@ class Request:
     config_dir: str | None = None
     cfg: bool = False
     multirun: bool = False
+    script: bool = False  # --print-sbatch
 
 
 # ---- verbs ----
@@ -81,12 +82,22 @@ def train(request: Request) -> int:
     if request.multirun and not request.cfg:
         return many(request)
     cfg = compose(request)
-    if not request.cfg:
+    if not (request.cfg or request.script):
         return start(cfg)
     from rlhf_cli.plan import validate
 
     validate(cfg)
-    return print_config(cfg)
+    return print_script(cfg) if request.script else print_config(cfg)
+
+
+def print_script(cfg: DictConfig) -> int:
+    from rlhf_cli.launch.choose import launcher_of
+
+    text = launcher_of(cfg).script(cfg)
+    if not text:
+        raise ConfigError("--print-sbatch: this launcher submits nothing; type launcher=slurm")
+    print(text, end="")
+    return DONE
 
 
 def plan(request: Request) -> int:
@@ -162,6 +173,42 @@ def show(request: Request) -> int:
     return DONE
 
 
+def runs(request: Request) -> int:
+    from rlhf_cli.report.runs import show as show_runs
+
+    words = [w for w in request.words if w != "--watch"]
+    folder = at_most_one(Request(request.verb, words), "DIR")
+    show_runs(Path(folder or "runs"), watch="--watch" in request.words)
+    return DONE
+
+
+def logs(request: Request) -> int:
+    from rlhf_cli.report import logs as of
+
+    rank = next((w for w in request.words if w.startswith("rank=")), "rank=0").removeprefix("rank=")
+    if not rank.isdigit():
+        raise ConfigError(f"logs: rank={rank}: type a number, e.g. rank=1")
+    words = [w for w in request.words if w not in ("-f", "--follow") and not w.startswith("rank=")]
+    of.show(
+        of.run_at("logs", one_run("logs", words)), int(rank), follow=len(set(request.words) & {"-f", "--follow"}) > 0
+    )
+    return DONE
+
+
+def cancel(request: Request) -> int:
+    from rlhf_cli.launch.cancel import cancel as end
+    from rlhf_cli.report.logs import run_at
+
+    print(f"rlhf: {end(run_at('cancel', one_run('cancel', request.words)))}")
+    return DONE
+
+
+def one_run(verb: str, words: list[str]) -> Path:
+    if len(words) != 1 or words[0].startswith("-"):
+        raise ConfigError(f"{verb}: takes one run; type rlhf {verb} RUN, e.g. rlhf {verb} runs/NAME")
+    return Path(words[0])
+
+
 def doctor(request: Request) -> int:
     from rlhf_cli.doctor import report
 
@@ -198,6 +245,9 @@ RUN: dict[str, Callable[[Request], int]] = {
     "list": list_options,
     "show": show,
     "plan": plan,
+    "runs": runs,
+    "logs": logs,
+    "cancel": cancel,
     "doctor": doctor,
     "completion": completion,
 }
@@ -213,7 +263,7 @@ def parse(argv: list[str]) -> Request:
 
         raise ConfigError(f"{verb}: no such verb{nearest(verb, VERBS) or ';'} verbs: {', '.join(VERBS)}")
     words: list[str] = []
-    config_dir, cfg, multirun = None, False, False
+    config_dir, cfg, multirun, script = None, False, False, False
     queue = [part for word in rest for part in split_flag(word)]
     while queue:
         word = queue.pop(0)
@@ -223,13 +273,15 @@ def parse(argv: list[str]) -> Request:
             cfg = following(queue, word, "job") == "job" or wrong_cfg()
         elif word in ("-m", "--multirun"):
             multirun = True
+        elif word == "--print-sbatch" and verb == "train":
+            script = True
         else:
             words.append(word)
     if multirun and verb != "train":
         raise ConfigError(f"{verb}: -m works with train only")
     if cfg and not VERBS[verb].config:
         raise ConfigError(f"{verb}: --cfg works with {', '.join(v for v in VERBS if VERBS[v].config)} only")
-    return Request(verb, words, config_dir, cfg, multirun)
+    return Request(verb, words, config_dir, cfg, multirun, script)
 
 
 def split_flag(word: str) -> list[str]:

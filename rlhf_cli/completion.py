@@ -76,11 +76,12 @@ def _candidates(verb: str, config: str, before: list[str], word: str, config_dir
     known = catalog.groups(config_dir)
     if config:
         yield from _settings(config, before, word, known)
-    if verb in ("resume", "eval", "generate") and not before and "=" not in word:
+    if verb in ("resume", "eval", "generate", "runs", "logs", "cancel") and not before and "=" not in word:
         yield from _folders(word or "runs/")
     if verb == "compare":
         yield from ("baseline=", "metric=", "csv=", "plot=")
         yield from _folders(word or "runs/")
+    yield from {"train": ["--print-sbatch"], "runs": ["--watch"], "logs": ["-f", "rank="]}.get(verb, [])
     if verb == "list":
         yield from known
     if verb == "show":

@@ -35,6 +35,7 @@ OPEN = (
     "dataset.columns.",
     "hardware.deepspeed.",
     "rollout.vllm.engine.",
+    "launcher.sbatch.",
     "debug.",
 )  # sections whose keys the schema leaves open
 
@@ -76,15 +77,19 @@ def multirun(config_name: str, overrides: list[str], config_dir: str | None, poi
     asked = check_overrides(config_name, overrides, config_dir, sweep=True)
     ConfigStore.instance().store(name="run_schema", node=schema())
     codes: list[int] = []
+    home = os.getpid()
 
     def task(cfg: DictConfig) -> float:
         """Returns what a sweeper improves; NaN of a point that failed."""
-        from rlhf_cli.report.runs import metric_of
+        from rlhf_cli.report.numbers import metric_of
 
         runtime = HydraConfig.get()
         print(f"rlhf: sweep point {runtime.job.num + 1}: {runtime.job.override_dirname}", flush=True)
         code = point(finish(cfg, runtime.runtime.choices, catalog.defaults(config_name)))
         codes.append(code)
+        if code and os.getpid() != home:  # in a job of its own: only an error tells this process
+            where = os.environ.get("SUBMITIT_FOLDER", "its job's folder")
+            raise ConfigError(f"sweep point {runtime.job.num + 1} ended with {code}; its log lies in {where}")
         return math.nan if code else metric_of(Path(cfg.run.dir) / cfg.run.name, cfg.sweep.metric)
 
     quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.output_subdir=null", "hydra.sweep.subdir=."]

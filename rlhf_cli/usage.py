@@ -26,6 +26,8 @@ _COMPOSING = """\
 _SWEEP = """
   -m, --multirun    run every combination of comma-separated values: algo=grpo,rloo seed=1,2; typed again it goes on;
                     hydra/sweeper=optuna searches instead: 'optim.lr=tag(log,interval(1e-6,1e-4))' sweep.trials=20"""
+_SCRIPT = """
+  --print-sbatch    with launcher=slurm: print the batch script and submit nothing"""
 _TRAIN_KEYS = (
     *_SIZES,
     "optim.lr",
@@ -50,7 +52,7 @@ VERBS: dict[str, Verb] = {
             "rlhf train debug=tiny steps=3",
         ),
         _TRAIN_KEYS,
-        _COMPOSING + _SWEEP,
+        _COMPOSING + _SWEEP + _SCRIPT,
         "train",
     ),
     "resume": Verb(
@@ -118,6 +120,24 @@ VERBS: dict[str, Verb] = {
         _TRAIN_KEYS,
         _COMPOSING,
         "train",
+    ),
+    "runs": Verb(
+        "list runs: status, step, reward, job, age, time left",
+        "rlhf runs [DIR] [--watch]",
+        ("rlhf runs", "rlhf runs --watch", "rlhf runs runs/sweeps"),
+        more="  --watch           refresh every 5 s until Ctrl-C\n\n  DIR is searched for runs; without it: runs. Newest first.",
+    ),
+    "logs": Verb(
+        "print what a run printed, or is printing",
+        "rlhf logs RUN [-f] [rank=N]",
+        ("rlhf logs runs/NAME", "rlhf logs runs/NAME -f", "rlhf logs runs/NAME rank=1"),
+        more="  -f, --follow      go on printing until the run ends",
+    ),
+    "cancel": Verb(
+        "stop a run after a checkpoint, in the queue or on this machine",
+        "rlhf cancel RUN",
+        ("rlhf cancel runs/NAME",),
+        more="  rlhf resume RUN goes on later.",
     ),
     "doctor": Verb(
         "check the installation and the machine, and say what to type",

@@ -313,7 +313,7 @@ def _watched(rundir: RunDir, stop: Stop, rank: int, output: Both | None) -> int:
     beat = Heartbeat(rundir.path, rank, cfg.hardware.timeout, ranks=int(os.environ.get("WORLD_SIZE", "1"))).start()
     session: Session | None = None
     try:
-        session = Session(rundir, start(_device(cfg), cfg.hardware.timeout), stop, beat, output)
+        session = Session(rundir, join(cfg), stop, beat, output)
         ended = session.work()
     except BaseException as e:
         shown = full_disk(e, rundir.path) or e
@@ -329,6 +329,11 @@ def _watched(rundir: RunDir, stop: Stop, rank: int, output: Both | None) -> int:
         text = f"stopped by {stop.signal} after {session._at} steps; go on with: rlhf resume {rundir.path}"
         print(text, flush=True)
     return PREEMPTED if ended == "preempted" else 0
+
+
+def join(cfg: Any) -> Comm:
+    """This process among the ranks that its environment describes, seeded and on its device; again where it joined before."""
+    return start(_device(cfg), cfg.hardware.timeout)
 
 
 def _device(cfg: Any) -> torch.device:
@@ -360,14 +365,14 @@ def _failed(rundir: RunDir, session: Session | None, e: BaseException, rank: int
             rundir.set_status("failed", reason=reason)
 
 
-def entry(path: Path, stop: Stop) -> int:
-    """A rank that a launcher started, in its own process."""
+def entry(rundir: RunDir, stop: Stop) -> int:
+    """A rank that a launcher started, in its own process: an error that the user can act on leaves as one line and an exit status."""
     try:
-        return main(RunDir(path), stop)
+        return main(rundir, stop)
     except (ConfigError, GateError) as e:
         print(f"rlhf: error: {' '.join(str(e).split())}", file=sys.stderr, flush=True)
         return 3 if isinstance(e, GateError) else 2
 
 
 if __name__ == "__main__":
-    sys.exit(entry(Path(sys.argv[1]), Stop()))
+    sys.exit(entry(RunDir(sys.argv[1]), Stop()))

@@ -72,7 +72,9 @@ def test_help_lists_every_verb_with_a_line(capsys: pytest.CaptureFixture[str]) -
         for name, verb in VERBS.items():
             assert f"  {name:<12}{verb.line}\n" in out
     assert set(VERBS) == set(cli.RUN)
-    assert " ".join(VERBS) == "train resume eval generate score compare list show plan doctor completion"
+    assert (
+        " ".join(VERBS) == "train resume eval generate score compare list show plan runs logs cancel doctor completion"
+    )
 
 
 @pytest.mark.parametrize("verb", list(VERBS))

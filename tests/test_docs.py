@@ -173,7 +173,7 @@ def test_readme_starts_with_the_two_commands() -> None:
 
 # Where each group's options stand, as `option` or group=option.
 LISTED = {
-    "algo": "README", "reward": "README", "hardware": "hardware", "dataset": "data", "correction": "rollouts",
+    "algo": "README", "reward": "README", "hardware": "hardware", "dataset": "data", "correction": "rollouts", "launcher": "launching",
     **dict.fromkeys(("objective", "credit", "reduce", "shaping", "select"), "algorithms"),
 }  # fmt: skip
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,12 +13,14 @@ from omegaconf import OmegaConf
 from rlhf_cli.config import load_config
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.hardware import resolve_hardware
+from rlhf_cli.launch import queue, step
+from rlhf_cli.launch.choose import launcher_of
 from rlhf_cli.launch.nodes import Place, await_config, place_of
 from rlhf_cli.launch.ranks import run_ranks
 from rlhf_cli.launch.stop import Stop
 from rlhf_cli.plan import validate
 from rlhf_cli.record.files import full_disk, write_text_atomic
-from rlhf_cli.record.rundir import RunDir, name_run
+from rlhf_cli.record.rundir import RunDir, base_name, busy, name_run
 from rlhf_cli.report.planned import describe
 
 FREE = (
@@ -40,15 +40,11 @@ HERE = ("hardware.node_rank", "hardware.master", "hardware.hostfile")  # where a
 
 
 def launch(cfg: Any) -> int:
-    """Freeze the configuration into the run directory and run it, in place or as several ranks."""
+    """Hand a configuration to the launcher that it names, which freezes it in a run directory and runs it."""
     validate(cfg)
-    OmegaConf.update(cfg, "hardware", resolve_hardware(cfg), merge=True)
-    place = place_of(cfg)
-    if place.node_rank:
-        return follow(RunDir(Path(cfg.run.dir) / cfg.run.name), cfg, place)
-    rundir = prepare(cfg)
-    with _released(rundir):
-        return start(rundir, cfg.hardware, place)
+    launcher = launcher_of(cfg)
+    OmegaConf.update(cfg, "hardware", launcher.hardware(cfg), merge=True)
+    return launcher(cfg, lambda: prepare(cfg))
 
 
 def follow(rundir: RunDir, cfg: Any, place: Place) -> int:
@@ -71,13 +67,13 @@ def resume(path: Path, overrides: list[str]) -> int:
 
         cfg = override(cfg, overrides)
         validate(cfg)
-    OmegaConf.update(cfg, "hardware", resolve_hardware(cfg), merge=True)
-    place = place_of(cfg)
-    if place.node_rank:
-        return follow(rundir, cfg, place)
-    rundir.claim()
-    with _released(rundir):
-        return _resume(rundir, cfg, before, place)
+    launcher = launcher_of(cfg)
+    OmegaConf.update(cfg, "hardware", launcher.hardware(cfg), merge=True)
+    status = rundir.status()
+    if status.get("status") == "finished" and cfg.steps <= int(status.get("step", -1)) and cfg.resume == "auto":
+        print(f"rlhf: {path} is finished ({cfg.steps} steps); for more, type rlhf resume {path} steps=N", flush=True)
+        return 0
+    return launcher(cfg, lambda: _reopen(rundir, cfg, before))
 
 
 @contextmanager
@@ -91,37 +87,57 @@ def _released(rundir: RunDir) -> Iterator[None]:
         rundir.release()
 
 
-def _resume(rundir: RunDir, cfg: Any, before: Any, place: Place) -> int:
+def _reopen(rundir: RunDir, cfg: Any, before: Any) -> RunDir:
+    """Claim a run and freeze its changed configuration; `before`: as it was."""
     after: Any = OmegaConf.to_container(cfg, resolve=True)
-    for key, (old, new) in differences(before, after).items():
-        if key not in HERE:
-            print(f"rlhf: resume changes {key}: {old} -> {new}", flush=True)
-    status, path = rundir.status(), rundir.path
-    if status.get("status") == "finished" and cfg.steps <= int(status.get("step", -1)) and cfg.resume == "auto":
-        print(f"rlhf: {path} is finished ({cfg.steps} steps); for more, type rlhf resume {path} steps=N", flush=True)
-        return 0
-    _freeze(rundir, after)
-    return start(rundir, cfg.hardware, place)
+    with _claimed(rundir):
+        for key, (old, new) in differences(before, after).items():
+            if key not in HERE:
+                print(f"rlhf: resume changes {key}: {old} -> {new}", flush=True)
+        _freeze(rundir, after)
+    return rundir
 
 
 def prepare(cfg: Any) -> RunDir:
-    """The run directory, new or one that may be continued; never another experiment's."""
+    """The run directory, claimed, new or one that may be continued; never another experiment's."""
     named = bool(cfg.run.name)
     if not named:
         cfg.run.name = name_run(cfg.run.dir, cfg.names)
     path = Path(cfg.run.dir) / cfg.run.name
     rundir = RunDir(path).create()
-    rundir.claim()  # two writers would mix their files; the second must not even touch the configuration
-    try:
+    with _claimed(rundir):
         plain: Any = OmegaConf.to_container(cfg, resolve=True)
         if named and _has_work(path):
             _refuse_other(path, plain, cfg.resume)
         _freeze(rundir, plain)
         write_text_atomic(path / "plan.txt", describe(cfg) + "\n")
+    return rundir
+
+
+@contextmanager
+def _claimed(rundir: RunDir) -> Iterator[None]:
+    """Become the one writer, also after this; an error inside lets go again.
+
+    Two writers would mix their files; the second, at work or in a queue, must not even touch the configuration.
+    """
+    job = _queued(rundir)
+    if job:
+        raise busy(rundir, job)
+    rundir.claim()
+    try:
+        yield
     except BaseException as e:
         rundir.release()
-        raise full_disk(e, path) or e from None
-    return rundir
+        raise full_disk(e, rundir.path) or e from None
+
+
+def _queued(rundir: RunDir) -> str | None:
+    """The cluster job of a run that is still to come or at work, unless that is this one."""
+    job, task = str(rundir.job().get("job", "")), step.here()
+    if not job or (task is not None and task.job == job):
+        return None
+    found = (queue.jobs([job]) or {}).get(job)
+    return f"job {job} ({found.state.lower()})" if found and (found.waiting or found.active) else None
 
 
 def _freeze(rundir: RunDir, plain: dict[str, Any]) -> None:
@@ -181,7 +197,7 @@ def calm(threads: int) -> None:
 def start(rundir: RunDir, hardware: Any, place: Place) -> int:
     """Run the ranks of this machine: a lone one in place, several under DeepSpeed's launcher."""
     calm(hardware.threads)
-    os.environ.setdefault("RLHF_ARGV", json.dumps(["rlhf", *sys.argv[1:]]))
+    os.environ.setdefault("RLHF_ARGV", step.argv())
     stop = Stop()
     if hardware.processes * place.nodes > 1:
         return run_ranks(rundir, hardware, place, stop)
@@ -198,3 +214,35 @@ def run_verb(verb: str, cfg: Any) -> int:
 
     runner: dict[str, Any] = {"eval": verbs.evaluate, "generate": verbs.generate, "score": verbs.score}
     return runner[verb](cfg)
+
+
+# ---- where the ranks start ----
+
+
+class Local:
+    """This machine, or each of `hardware.nodes`. Where srun started several of this process, each of them is a rank."""
+
+    def hardware(self, cfg: Any, *, here: bool = True) -> dict[str, Any]:
+        """What this machine has."""
+        task = step.here()
+        return step.hardware(cfg, task) if task and task.world > 1 else resolve_hardware(cfg, here=here)
+
+    def __call__(self, cfg: Any, freeze: Callable[[], RunDir]) -> int:
+        """Run to the end."""
+        task = step.here()
+        if task is not None and (task.world > 1 or cfg.hardware.processes == 1):
+            if "SUBMITIT_EXECUTOR" not in os.environ:  # whose own command would be noted otherwise
+                os.environ.setdefault("RLHF_ARGV", step.argv())
+            cfg.run.name = cfg.run.name or base_name(cfg.names, f"job{task.job}")  # a requeued job finds it again
+            return step.run(cfg, task, freeze, Stop())
+        place = place_of(cfg)
+        if place.node_rank:
+            return follow(RunDir(Path(cfg.run.dir) / cfg.run.name), cfg, place)
+        rundir = freeze()
+        with _released(rundir):
+            (rundir.path / "job.json").unlink(missing_ok=True)  # no job writes this run from here on
+            return start(rundir, cfg.hardware, place)
+
+    def script(self, cfg: Any) -> str:
+        """Nothing waits in a queue."""
+        return ""

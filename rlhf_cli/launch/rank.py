@@ -14,7 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.launch.stop import Stop, die_with_parent
+from rlhf_cli.launch.stop import SIGNALS, Stop, die_with_parent
+from rlhf_cli.record.heartbeat import STACKS
 from rlhf_cli.record.rundir import RunDir
 
 DUMP_TIME = 0.5  # seconds that a stuck rank gets to write its stacks
@@ -30,7 +31,7 @@ def main(path: Path) -> int:
         die_with_parent()
         from rlhf_cli.worker import PREEMPTED, entry
 
-        code = entry(path, stop)
+        code = entry(RunDir(path), stop)
         return 0 if code == PREEMPTED else code  # DeepSpeed's launcher would end ranks that still close their files
     return keep(worker, RunDir(path), int(os.environ["RANK"]))
 
@@ -47,11 +48,11 @@ def keep(worker: int, rundir: RunDir, rank: int) -> int:
                 return
             ended = True
             if rundir.silent.exists():
-                os.kill(worker, signal.SIGUSR2)  # its stacks, even if it holds the interpreter's lock
+                os.kill(worker, STACKS)  # its stacks, even if it holds the interpreter's lock
                 time.sleep(DUMP_TIME)
             os.kill(worker, signal.SIGKILL)
 
-    for ignored in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):  # they reach the rank itself
+    for ignored in SIGNALS:  # they reach the rank itself
         signal.signal(ignored, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, end)
     code = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])

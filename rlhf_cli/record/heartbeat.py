@@ -20,13 +20,14 @@ from rlhf_cli.record.rundir import RunDir, now
 EXIT = 75  # EX_TEMPFAIL: worth another try
 WRITE_EVERY = 10.0  # seconds between files while the phase stays; a change of phase is written within POLL
 POLL = 1.0
+STACKS = signal.SIGQUIT  # writes the stacks, then ends the process: clusters warn of a time limit by SIGUSR1 or 2
 
 
 class Heartbeat:
     """Watches one rank from a daemon thread: silence longer than `timeout` dumps every rank's Python stacks, then exits with 75.
 
     The silent rank writes logs/silent; the threads of the others see it, dump their own stacks and exit too. A rank whose interpreter lock is
-    stuck dumps on SIGUSR2, which its keeper sends; one without keeper is ended by a C-level timer at twice the limit (exit 1).
+    stuck dumps on SIGQUIT, which its keeper sends; one without keeper is ended by a C-level timer at twice the limit (exit 1).
 
     Args:
         path: the run's folder; logs/heartbeat-rank-N.json and logs/rank-N.stacks go below it.
@@ -64,7 +65,7 @@ class Heartbeat:
             if self.rank == 0:
                 self.silent.unlink(missing_ok=True)  # of an earlier try
             stacks = self.stacks.open("w", encoding="utf-8")
-            faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
+            faulthandler.register(STACKS, file=stacks, all_threads=True, chain=True)
             self.beat("start")
             self._thread = threading.Thread(target=self._watch, args=(stacks,), name="heartbeat", daemon=True)
             self._thread.start()
@@ -97,7 +98,7 @@ class Heartbeat:
                 self._follow(polled - beat, phase, stacks)
             self._write(polled, beat, phase)
         faulthandler.cancel_dump_traceback_later()
-        faulthandler.unregister(signal.SIGUSR2)
+        faulthandler.unregister(STACKS)
         stacks.close()
         if self.stacks.stat().st_size == 0:
             self.stacks.unlink()

@@ -98,6 +98,11 @@ class RunDir:
         path = self.path / "status.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
+    def job(self) -> dict[str, Any]:
+        """What job.json says of the cluster job that writes this run; empty for a run of this machine."""
+        path = self.path / "job.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
     def claim(self) -> str | None:
         """Become the one writer until `release()` or the end of this process, however it ends.
 
@@ -114,7 +119,7 @@ class RunDir:
         if problem == errno.EWOULDBLOCK:
             holder = _holder(lock)
             lock.close()
-            raise ConfigError(f"run {self.name} is being written by {holder}; stop it, or choose another run.name")
+            raise busy(self, holder)
         lock.truncate(0)
         lock.write(json.dumps(_whoami() | {"time": now()}))
         lock.flush()
@@ -139,11 +144,16 @@ class RunDir:
             return _holder(lock) if _flock(lock, fcntl.LOCK_SH) == errno.EWOULDBLOCK else None
 
 
+def busy(run: RunDir, holder: str) -> ConfigError:
+    """What to say when another writer has the run."""
+    return ConfigError(
+        f"run {run.name} is being written by {holder}; stop it (rlhf cancel {run.path}), or choose another run.name"
+    )
+
+
 def name_run(parent: Path | str, names: Mapping[str, str], when: float | None = None) -> str:
     """A unique name such as `grpo-bleu-smollm2_135m-20261123-143000`, reserved by creating its folder in `parent`."""
-    chosen = [_slug(names[g]) for g in NAMED if names.get(g)]
-    stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(when))
-    base = "-".join([*[c for c in chosen if c], stamp])
+    base = base_name(names, time.strftime("%Y%m%d-%H%M%S", time.localtime(when)))
     for i in range(1, 10_000):
         name = base if i == 1 else f"{base}-{i}"
         try:
@@ -154,6 +164,12 @@ def name_run(parent: Path | str, names: Mapping[str, str], when: float | None = 
             raise _cannot_write(parent, e) from None
         return name
     raise ConfigError(f"run.dir: {parent} holds 9999 runs named {base}; set run.name=NAME")
+
+
+def base_name(names: Mapping[str, str], stamp: str) -> str:
+    """The choices that name a run, and what tells it from others."""
+    chosen = [_slug(names[g]) for g in NAMED if names.get(g)]
+    return "-".join([*[c for c in chosen if c], stamp])
 
 
 def now() -> str:
@@ -172,7 +188,8 @@ def _slug(choice: str) -> str:
 
 
 def _whoami() -> dict[str, Any]:
-    return {"pid": os.getpid(), "host": socket.gethostname()}
+    job = os.environ.get("RLHF_JOB")  # the cluster job that this process belongs to
+    return {"pid": os.getpid(), "host": socket.gethostname()} | ({"job": job} if job else {})
 
 
 def _flock(lock: TextIO, kind: int) -> int:

@@ -13,7 +13,7 @@ from rlhf_cli.catalog import typed
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.report import student
 from rlhf_cli.report.configurations import Configuration, group
-from rlhf_cli.report.runs import RunFiles, find, flat, shared_metric
+from rlhf_cli.report.numbers import RunFiles, find, flat, shared_metric
 from rlhf_cli.report.student import Estimate
 
 REWARDED = ("eval/reward", "score/")  # metrics whose numbers mean something only beside the same reward

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_cli.catalog import typed
-from rlhf_cli.report.runs import RunFiles, flat
+from rlhf_cli.report.numbers import RunFiles, flat
 
 FIRST = ("experiment", "algo", "reward", "model", "dataset")  # groups that name a configuration before others do
 # How a run is carried out, rather than what it is.

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import deepcopy
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from rlhf_cli.hardware import memory, resolve_hardware
+from rlhf_cli.launch.choose import launcher_of
 from rlhf_cli.plan import HEADS, Plan, validate
 
 
 def describe(cfg: Any) -> str:
     """The plan as text: what runs, in which order, on what, and what it needs."""
-    plan, hw = validate(cfg), resolve_hardware(cfg, here=False)
+    plan, launcher, cfg = validate(cfg), launcher_of(cfg), deepcopy(cfg)
+    OmegaConf.update(cfg, "hardware", launcher.hardware(cfg, here=False), merge=True)
+    hw = resolve_hardware(cfg, here=False)
     world = hw["processes"] * cfg.hardware.nodes
     machines = f"{cfg.hardware.nodes} machines, " if cfg.hardware.nodes > 1 else ""
+    threads = f"{cfg.hardware.threads} threads" if cfg.hardware.threads else "all cores that the job gets"
     names = dict(cfg.names)
     title = " ".join(f"{k}={names[k]}" for k in ("algo", "reward", "dataset", "model") if names.get(k))
     lines = [title, "", "Batch"]
@@ -22,7 +29,7 @@ def describe(cfg: Any) -> str:
     lines += [
         "",
         "Hardware",
-        f"  {hw['device']}, {machines}{world} x {hw['threads']} threads, {hw['precision']}, ZeRO-{cfg.hardware.zero}, offload {cfg.hardware.offload}",
+        f"  {hw['device']}, {machines}{world} x {threads}, {hw['precision']}, ZeRO-{cfg.hardware.zero}, offload {cfg.hardware.offload}",
     ]
     lines += ["", "Models"] + [f"  {name:<14}{why}" for name, why in plan.models.items()]
     copies = {}
@@ -30,10 +37,13 @@ def describe(cfg: Any) -> str:
         copies["reference"] = "frozen weights"
     if plan.source == "sampled" and (cfg.hardware.zero == 3 or "policy" not in plan.learners):
         copies["sampler"] = "a whole copy that samples"
-    lines += ["", "Memory per process (estimate)", *memory(cfg, plan.learners, copies, hw)]
+    lines += ["", "Memory per process (estimate)", *memory(cfg, plan.learners, copies, hw | {"processes": world})]
     lines += ["", "Flow"] + [f"  {s.name:<38}{s.does}" for s in plan.stages]
     lines += ["", "Columns", f"  {'':<16}{'made by':<32}taken by"]
     lines += [f"  {c:<16}{who:<32}{', '.join(takers) or '-'}" for c, who, takers in _columns(plan)]
+    script = launcher.script(cfg)
+    if script:
+        lines += ["", "Batch script"] + [f"  {line}".rstrip() for line in script.splitlines()]
     if plan.notes:
         lines += ["", "Notes"] + [f"  {n}" for n in plan.notes]
     return "\n".join(lines)

@@ -1,158 +1,267 @@
-"""Run directories as numbers, read without torch: configuration, how it ended, metrics, held-out scores, cost."""
+"""`rlhf runs`: every run below a folder, what it is doing, and what to type where that is nothing. Imports no torch."""
 
 from __future__ import annotations
 
 import json
-import math
+import os
+import re
+import shutil
+import socket
+import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from rlhf_cli.errors import ConfigError
-from rlhf_cli.record.metrics import read
+from rlhf_cli.launch import queue
+from rlhf_cli.launch.ranks import first_failure
+from rlhf_cli.record.progress import Pace, duration, number
+from rlhf_cli.record.rundir import RunDir
 
-DEFAULTS = ("eval/reward", "score/mean")  # the metric of a run, the first that there is
-LAST = 10  # rows of metrics.jsonl whose mean is a run's value, where nothing was evaluated
-DEEP = 3  # folders below the one given in which runs are looked for
-Row = dict[str, Any]
+ENDED = ("finished", "failed", "cancelled", "preempted", "dead", "lost", "not started")
+FRESH = 60.0  # seconds: a rank's heartbeat is written every 10
+TAIL = 1 << 16  # bytes of metrics.jsonl that are read
+EVERY = 5.0  # seconds between two looks at the queue: it is shared by everyone
+SPARE = ("left", "age", "job", "reward", "step")  # columns that a narrow terminal does without, first to go first
 
 
 @dataclass(frozen=True)
-class RunFiles:
-    """One run directory, or a point of a sweep that was never started (no config)."""
+class Seen:
+    """A run as it stands."""
 
     path: Path
-    noted: str = ""  # what sweep.json says of it
-    error: str = ""  # and why it failed
-
-    @cached_property
-    def config(self) -> Row:
-        """config.yaml as plain values."""
-        import yaml
-
-        file = self.path / "config.yaml"
-        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        return yaml.load(file.read_text(encoding="utf-8"), loader) if file.exists() else {}
-
-    @cached_property
-    def status(self) -> Row:
-        """status.json."""
-        file = self.path / "status.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-
-    @property
-    def state(self) -> str:
-        """finished, or what it is instead."""
-        said = self.status.get("status", "")
-        if said == "finished" or not self.noted:
-            return {"preempted": "interrupted"}.get(said, said) or "not started"
-        return self.noted
-
-    @cached_property
-    def metrics(self) -> list[Row]:
-        """Rows of metrics.jsonl."""
-        return read(self.path / "metrics.jsonl")
-
-    @cached_property
-    def evaluations(self) -> list[Row]:
-        """Rows of evaluations.jsonl."""
-        return read(self.path / "evaluations.jsonl")
-
-    @property
-    def seed(self) -> int:
-        return int(self.config.get("seed", 0))
-
-    def has(self, metric: str) -> bool:
-        return not math.isnan(self.value(metric))
-
-    def value(self, metric: str) -> float:
-        """The metric at the end: of the last evaluation, or the mean of the last rows of metrics.jsonl. NaN: there is none."""
-        last = next((r[metric] for r in reversed(self.evaluations) if r.get(metric) is not None), None)
-        if last is not None:
-            return float(last)
-        found = [r[metric] for r in self.metrics if r.get(metric) is not None][-LAST:]
-        return math.fsum(found) / len(found) if found else math.nan
-
-    def series(self, metric: str) -> list[tuple[int, float]]:
-        """The metric by step, of evaluations or of training."""
-        rows = self.evaluations if any(metric in r for r in self.evaluations) else self.metrics
-        return [(r["step"], float(r[metric])) for r in rows if r.get(metric) is not None]
-
-    @cached_property
-    def heldout(self) -> dict[str, float]:
-        """Mean score of each held-out prompt after the last evaluation, by uid; prompts without a score are absent."""
-        files = sorted(self.path.glob("heldout-*.jsonl"), key=lambda f: int(f.stem.rpartition("-")[2]))
-        found: dict[str, list[float]] = {}
-        for line in files[-1].read_text(encoding="utf-8").splitlines() if files else []:
-            row = json.loads(line)
-            if row.get("score") is not None:
-                found.setdefault(str(row["uid"]), []).append(row["score"])
-        return {uid: math.fsum(x) / len(x) for uid, x in found.items()}
-
-    @property
-    def seconds(self) -> float:
-        """Wall time of its steps and of what lay between them."""
-        return math.fsum(r.get("time/step", 0.0) + r.get("time/between", 0.0) for r in self.metrics)
-
-    @property
-    def tokens(self) -> int:
-        """Trained tokens of all responses."""
-        return sum(int(r.get("count/response_tokens", 0)) for r in self.metrics)
+    status: str
+    note: str = ""  # why, or what to type
+    step: int = 0
+    steps: int = 0
+    reward: float | None = None
+    job: str = ""
+    created: float = 0.0  # seconds since 1970
+    left: float | None = None  # seconds
 
 
-def find(paths: Iterable[Path]) -> list[RunFiles]:
-    """The runs at or below the given folders, points of sweeps in their order; each once."""
-    found: dict[Path, RunFiles] = {}
-    for path in paths:
-        if not path.is_dir():
-            raise ConfigError(f"compare: {path}: no such folder; give runs, sweeps, or a folder that holds them")
-        here = list(_below(path, DEEP))
-        if not here:
-            raise ConfigError(f"compare: {path}: holds no run (no config.yaml, no sweep.json); give runs or a sweep")
-        found |= {r.path.resolve(): r for r in here if r.path.resolve() not in found}
-    return list(found.values())
+def find(folder: Path) -> Iterator[Path]:
+    """The run directories at or below a folder, points of sweeps too."""
+    if (folder / "config.yaml").exists() and (folder / "logs").is_dir():
+        yield folder
+        return
+    with os.scandir(folder) as entries:
+        inner = sorted(e.name for e in entries if e.is_dir(follow_symlinks=False) and not e.name.startswith("."))
+    for name in inner:
+        yield from find(folder / name)
 
 
-def _below(path: Path, depth: int) -> Iterator[RunFiles]:
-    record = path / "sweep.json"
-    if record.exists():
-        points = json.loads(record.read_text(encoding="utf-8"))["points"]
-        yield from (RunFiles(path / p["name"], p["status"], p.get("error", "")) for p in points)
-    elif (path / "config.yaml").exists():
-        yield RunFiles(path)
-    elif depth:
-        for child in sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")):
-            yield from _below(child, depth - 1)
+def look(folder: Path) -> list[Seen]:
+    """Every run below `folder`, newest first."""
+    if not folder.is_dir():
+        raise ConfigError(f"runs: no folder {folder} here; type rlhf runs DIR, or rlhf train to make one")
+    paths = list(find(folder))
+    jobs = queue.jobs(job for p in paths if (job := RunDir(p).job().get("job")))
+    return sorted((see(p, jobs) for p in paths), key=lambda s: s.created, reverse=True)
 
 
-def shared_metric(runs: Sequence[RunFiles], asked: str) -> str:
-    """The metric to compare: the one asked for, or the first default that every finished run has."""
-    done = [r for r in runs if r.state == "finished"]
-    names = dict.fromkeys(k for r in done for rows in (r.evaluations, r.metrics) for k in (rows[-1] if rows else {}))
-    if asked and not any(r.has(asked) for r in done):
-        known = ", ".join(n for n in names if n != "step" and not n.startswith("time/"))
-        raise ConfigError(f"metric={asked}: no finished run has it; they have {known or 'nothing yet'}")
-    for name in (asked,) if asked else DEFAULTS:
-        if done and (asked or all(r.has(name) for r in done)):
-            return name
-    raise ConfigError(
-        "compare: the finished runs share no default metric; type metric=NAME, e.g. metric=eval/policy/loss"
+def see(path: Path, jobs: Mapping[str, queue.Job] | None) -> Seen:
+    """One run; `jobs`: what the queue shows, None where it cannot be asked."""
+    rundir = RunDir(path)
+    status, note = state(rundir, jobs)
+    rows = _tail(path / "metrics.jsonl")
+    steps = re.search(r"^steps: (\d+)", (path / "config.yaml").read_text(encoding="utf-8"), re.M)
+    pace = Pace(int(steps[1]) if steps else 0)
+    for row in rows:
+        pace.add(row["step"], row)
+    scored = [r["score/mean"] for r in rows if r.get("score/mean") is not None]
+    scored = scored or [r["eval/reward"] for r in _tail(path / "evaluations.jsonl") if r.get("eval/reward") is not None]
+    first = next((p for p in (path / "plan.txt", path / "config.yaml") if p.exists()), path)
+    return Seen(
+        path,
+        status,
+        note,
+        pace.step,
+        pace.steps,
+        scored[-1] if scored else None,
+        str(rundir.job().get("job", "")),
+        first.stat().st_mtime,
+        pace.left() if status == "running" else None,
     )
 
 
-def metric_of(path: Path, asked: str) -> float:
-    """The number of one run that a search improves; NaN where it has none."""
-    run = RunFiles(path)
-    return next((v for m in ((asked,) if asked else DEFAULTS) if not math.isnan(v := run.value(m))), math.nan)
+def _tail(path: Path) -> list[dict[str, Any]]:
+    """The last whole rows of a file; a row that is being written is left out."""
+    try:
+        with path.open("rb") as f:
+            f.seek(max(0, path.stat().st_size - TAIL))
+            lines = f.read().decode("utf-8", errors="replace").split("\n")[:-1]
+    except FileNotFoundError:
+        return []
+    rows = []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:  # cut where the tail begins
+            continue
+    return rows
 
 
-def flat(config: Mapping[str, Any], key: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and their values; a list is a value."""
-    for name, value in config.items():
-        inner = f"{key}.{name}" if key else str(name)
-        if isinstance(value, Mapping) and value:
-            yield from flat(value, inner)
-        else:
-            yield inner, value
+# ---- what a run is doing ----
+
+
+def state(rundir: RunDir, jobs: Mapping[str, queue.Job] | None) -> tuple[str, str]:
+    """(status, why or what to type). `jobs` as in `see`."""
+    status, job = rundir.status(), rundir.job()
+    said, why = str(status.get("status", "")), str(status.get("reason", ""))
+    again = f"rlhf resume {rundir.path}"
+    if job:
+        return _of_job(rundir, job, said if status.get("job") == job["job"] else "", jobs, again)
+    if said == "running" or not said:
+        alive = _alive(rundir, status)
+        if alive:
+            return said or "starting", ""
+        return ("dead", again) if said else ("not started", "")
+    return said, {"failed": why, "preempted": f"{why}; {again}"}.get(said, "")
+
+
+def _of_job(
+    rundir: RunDir, job: Mapping[str, Any], said: str, jobs: Mapping[str, queue.Job] | None, again: str
+) -> tuple[str, str]:
+    if jobs is None:
+        return (
+            (said, "") if said in ("finished", "failed") else (said or "submitted", "SLURM cannot be asked from here")
+        )
+    found = jobs.get(str(job["job"]))
+    if found and found.waiting:
+        return ("requeued" if said else "queued"), found.reason
+    if found and found.active and not job.get("cancelled"):
+        ending = said in ("finished", "failed", "running") or found.state == "COMPLETING"
+        return (("stopping" if said == "preempted" else said or "starting") if ending else "starting"), ""
+    if said in ("finished", "failed"):
+        return said, first_error(rundir) or str(rundir.status().get("reason", ""))
+    if job.get("cancelled") or (found and found.state == "CANCELLED"):
+        return ("cancelling", "") if found and found.active else ("cancelled", again)
+    return _gone(rundir, said, found, again)
+
+
+def _gone(rundir: RunDir, said: str, found: queue.Job | None, again: str) -> tuple[str, str]:
+    """A job that left the queue, and its run did not say why."""
+    wrong = first_error(rundir)
+    if wrong or (found and found.state == "FAILED" and not said):
+        return "failed", wrong or next(reversed(batch_lines(rundir)), f"the job failed; rlhf logs {rundir.path}")
+    if said == "preempted":
+        return "preempted", again
+    ended = f"its job ended as {found.state.lower()}; " if found else "its job is gone; "
+    return "lost", ended + again
+
+
+def first_error(rundir: RunDir) -> str:
+    """What ended the rank that failed first, in one line; the others' errors follow from it."""
+    first = first_failure(rundir.errors())
+    return "rank {}: {}: {}".format(*first) if first else ""
+
+
+def batch_lines(rundir: RunDir) -> list[str]:
+    """What the batch script and srun themselves printed, without submitit's notes and what rank 0 also logged."""
+    job = str(rundir.job().get("job", ""))
+    path = rundir.logs / "slurm" / f"{job}_0_log.out"
+    lines, logged = (_lines(p) if job else [] for p in (path, rundir.logs / "rank-0.log"))
+    known = set(logged)
+    return [line for line in lines if line.strip() and not line.startswith("submitit ") and line not in known]
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+
+
+def _alive(rundir: RunDir, status: Mapping[str, Any]) -> bool:
+    """Whether somebody writes this run: the lock tells on this machine, the heartbeat on another."""
+    if rundir.writer():
+        return True
+    if status.get("host") in (None, socket.gethostname()):
+        return False
+    beat = rundir.logs / "heartbeat-rank-0.json"
+    return beat.exists() and time.time() - beat.stat().st_mtime < FRESH
+
+
+# ---- the table ----
+
+
+def table(seen: Sequence[Seen], folder: Path, width: int, now: float) -> list[str]:
+    """Lines of at most `width` columns: the runs, then why some of them stand still."""
+    if not seen:
+        return [f"no runs in {folder}; rlhf train makes one"]
+    rows = [_cells(s, folder, now) for s in seen]
+    names = [c for c in rows[0] if any(r[c] for r in rows) or c in ("run", "status")]
+    for spare in SPARE:
+        if _total(rows, names, 16) > width and spare in names:
+            names.remove(spare)
+    sizes = {c: max(len(c), *(len(r[c]) for r in rows)) for c in names}
+    sizes["run"] = max(8, min(sizes["run"], width - sum(sizes.values()) + sizes["run"] - 2 * (len(names) - 1)))
+    lines = [_line({c: c for c in names}, sizes), *(_line(r, sizes) for r in rows)]
+    notes = [f"{s.path}: {s.status}: {s.note}" for s in seen if s.note and s.status not in ("queued", "requeued")]
+    notes += [f"{s.path}: {s.status} ({s.note})" for s in seen if s.note and s.status in ("queued", "requeued")]
+    return [_clip(line, width) for line in [*lines, *([""] if notes else []), *notes]]
+
+
+def _cells(s: Seen, folder: Path, now: float) -> dict[str, str]:
+    inside = s.path.relative_to(folder) if s.path != folder and s.path.is_relative_to(folder) else s.path
+    return {
+        "run": str(inside),
+        "status": s.status,
+        "step": f"{s.step}/{s.steps}",
+        "reward": "" if s.reward is None else number(s.reward),
+        "job": s.job,
+        "age": duration(max(0.0, now - s.created)),
+        "left": "" if s.left is None else duration(s.left),
+    }
+
+
+def _total(rows: Iterable[Mapping[str, str]], names: Sequence[str], most: int) -> int:
+    """Columns that the table needs when names of runs are cut to `most`."""
+    size = {c: max(len(c), *(len(r[c]) for r in rows)) for c in names}
+    return sum(min(size[c], most) if c == "run" else size[c] for c in names) + 2 * (len(names) - 1)
+
+
+def _line(row: Mapping[str, str], sizes: Mapping[str, int]) -> str:
+    return "  ".join(_clip(row[c], size).ljust(size) for c, size in sizes.items()).rstrip()
+
+
+def _clip(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: max(width - 1, 0)] + "…"
+
+
+def show(folder: Path, watch: bool) -> None:
+    """Print the table; with `watch`, again and again until Ctrl-C, in place where the output is a terminal."""
+    while watch:
+        if sys.stdout.isatty():
+            _watch(folder)
+            break
+        _print(folder)
+        print(flush=True)
+        time.sleep(EVERY)
+    _print(folder)
+
+
+def _print(folder: Path) -> None:
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
+    print("\n".join(table(look(folder), folder, width, time.time())), flush=True)
+
+
+def _watch(folder: Path) -> None:
+    """Until Ctrl-C, on the terminal's second screen, so that what was on the first one comes back."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    console = Console()
+    with Live(Text(""), console=console, screen=True, auto_refresh=False) as live:
+        try:
+            while True:
+                size = console.size
+                lines = [f"{folder}  {time.strftime('%H:%M:%S')}  (Ctrl-C ends)", ""]
+                lines += table(look(folder), folder, size.width, time.time())
+                shown = lines if len(lines) <= size.height else [*lines[: size.height - 1], "…"]
+                text = "\n".join(_clip(line, size.width) for line in shown)
+                live.update(Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)
+                time.sleep(EVERY)
+        except KeyboardInterrupt:
+            return

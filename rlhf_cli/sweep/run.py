@@ -15,7 +15,7 @@ from rlhf_cli.compose import compose
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.record.rundir import RunDir, now
 from rlhf_cli.report.compare import compare, duration, text
-from rlhf_cli.report.runs import RunFiles, shared_metric
+from rlhf_cli.report.numbers import RunFiles, shared_metric
 from rlhf_cli.sweep import points as expansion
 from rlhf_cli.sweep.board import Board
 from rlhf_cli.sweep.points import Command, Point, is_here

@@ -10,7 +10,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
 from rlhf_cli.catalog import must
 from rlhf_cli.errors import ConfigError
-from rlhf_cli.report.runs import DEFAULTS, RunFiles, metric_of
+from rlhf_cli.report.numbers import DEFAULTS, RunFiles, metric_of
 from rlhf_cli.sweep.points import Command, Point, check, choices, name_of
 from rlhf_cli.sweep.pool import Running, Share, work
 from rlhf_cli.sweep.run import Sweep

@@ -41,7 +41,7 @@ def test_second_writer_is_named_and_refused_until_the_first_is_killed(tmp_path: 
     child = hold(tmp_path / "a")
     run = RunDir(tmp_path / "a").create()
     host = os.uname().nodename
-    expected = f"run a is being written by pid {child.pid} on host {host}; stop it, or choose another run.name"
+    expected = f"run a is being written by pid {child.pid} on host {host}; stop it (rlhf cancel {tmp_path / 'a'}), or choose another run.name"
     with pytest.raises(ConfigError) as e:
         run.claim()
     assert str(e.value) == expected

@@ -1,0 +1,87 @@
+"""What SLURM is asked and told, through its own commands; no accounting database is needed."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from rlhf_cli.errors import ConfigError
+
+WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
+ACTIVE = ("RUNNING", "COMPLETING", "SUSPENDED", "SIGNALING", "STAGE_OUT", "STOPPED", "RESIZING")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as the queue shows it: SLURM's state, and its reason or its nodes."""
+
+    state: str
+    reason: str = ""
+
+    @property
+    def waiting(self) -> bool:
+        """Has not started, or will start again."""
+        return self.state in WAITING
+
+    @property
+    def active(self) -> bool:
+        """Has processes."""
+        return self.state in ACTIVE
+
+
+def present() -> bool:
+    """Whether this machine can talk to a SLURM."""
+    return shutil.which("squeue") is not None
+
+
+def jobs(ids: Iterable[str]) -> dict[str, Job] | None:
+    """The jobs that SLURM still knows, ended ones for some minutes too. None where nobody can be asked."""
+    wanted = set(ids)
+    if not wanted:
+        return {}
+    asked = f"--jobs={','.join(sorted(wanted))}"
+    done = _run("squeue", asked, "--states=all", "--noheader", "--array", "--format=%i|%A|%T|%r")
+    if done is None or (done.returncode and "Invalid job id" not in done.stderr):  # forgotten by now
+        return None
+    found: dict[str, Job] = {}
+    for line in done.stdout.splitlines():
+        shown, raw, state, reason = (*line.split("|", 3), "", "", "")[:4]
+        for name in {shown, raw} & wanted:
+            found[name] = Job(state, "" if reason == "None" else reason)
+    return found
+
+
+def cancel(job: str) -> None:
+    """End a job: its ranks get SIGTERM and checkpoint; after the cluster's KillWait they are killed."""
+    _tell("scancel", job)
+
+
+def requeue(job: str) -> str:
+    """Put a running job back into the queue. Returns why that was refused, or an empty string."""
+    done = _run("scontrol", "requeue", job)
+    if done is None:
+        return "scontrol is not here or does not answer"
+    return "" if done.returncode == 0 else " ".join((done.stderr or done.stdout).split())
+
+
+def hosts(nodelist: str) -> list[str]:
+    """The machines of a list such as `gpu[1-3,7]`."""
+    return _tell("scontrol", "show", "hostnames", nodelist).split()
+
+
+def _tell(*command: str) -> str:
+    done = _run(*command)
+    if done is None:
+        raise ConfigError(f"{command[0]} is not here or does not answer; type this where SLURM's commands work")
+    if done.returncode:
+        raise ConfigError(f"{' '.join(command)}: {' '.join((done.stderr or done.stdout).split())}")
+    return done.stdout
+
+
+def _run(*command: str) -> subprocess.CompletedProcess[str] | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None

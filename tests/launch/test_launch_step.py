@@ -1,0 +1,53 @@
+"""A task of srun finds its place in the environment alone."""
+
+from __future__ import annotations
+
+import pytest
+
+from rlhf_cli.compose import compose
+from rlhf_cli.errors import ConfigError
+from rlhf_cli.launch import queue, step
+
+TASK = {
+    "SLURM_JOB_ID": "30007", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2", "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "gpu[03-04]", "SLURM_CPUS_ON_NODE": "48", "SLURM_RESTART_COUNT": "2",
+}  # fmt: skip
+
+
+def test_several_tasks_are_ranks_and_one_is_not() -> None:
+    assert step.here({}) is None
+    assert step.here({"SLURM_JOB_ID": "3", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}) is None, "a batch script"
+    alone = {**TASK, "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1", "SLURM_PROCID": "0"}
+    assert step.here(alone) is None, "srun rlhf train, an ordinary run"
+    assert step.here({**alone, "SUBMITIT_EXECUTOR": "slurm"}) is not None
+    found = step.here(TASK)
+    assert found is not None
+    assert (found.rank, found.world, found.nodes, found.restarts, found.threads) == (5, 8, 2, 2, 12)
+    assert step.here({**TASK, "SLURM_CPUS_PER_TASK": "6"}).threads == 6  # type: ignore[union-attr]
+    array = {**TASK, "SLURM_ARRAY_JOB_ID": "30001", "SLURM_ARRAY_TASK_ID": "3"}
+    assert step.here(array).job == "30001_3"  # type: ignore[union-attr]
+
+
+def test_rendezvous_is_the_first_host_and_a_port_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(queue, "hosts", lambda nodes: asked.append(nodes) or ["gpu03", "gpu04"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    found = step.here(TASK)
+    assert found is not None
+    assert found.environment() == {
+        "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "gpu03", "MASTER_PORT": str(15_000 + 7),
+    }  # fmt: skip
+    assert asked == ["gpu[03-04]"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # --gpus-per-task=1: a task sees its own only
+    assert found.environment()["LOCAL_RANK"] == "0"
+
+
+def test_hardware_is_what_srun_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    found = step.here(TASK)
+    assert found is not None
+    cfg = compose("train", [], None)
+    hw = step.hardware(cfg, found)
+    assert (cfg.hardware.nodes, hw["processes"], hw["threads"], hw["device"]) == (2, 4, 12, "cpu")
+    with pytest.raises(ConfigError, match=r"hardware.processes=3: srun started 4"):
+        step.hardware(compose("train", ["hardware.processes=3"], None), found)
