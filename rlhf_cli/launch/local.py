@@ -190,7 +190,7 @@ def calm(threads: int) -> None:
     speed on a quiet one. A tenth of a millisecond of spinning avoids both.
     """
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
