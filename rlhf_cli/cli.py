@@ -79,6 +79,8 @@ def many(request: Request) -> int:
 
 
 def train(request: Request) -> int:
+    if request.multirun and request.script:
+        raise ConfigError("--print-sbatch: shows one run; leave -m away and give each key one value")
     if request.multirun and not request.cfg:
         return many(request)
     cfg = compose(request)

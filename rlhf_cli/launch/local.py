@@ -136,7 +136,10 @@ def _queued(rundir: RunDir) -> str | None:
     job, task = str(rundir.job().get("job", "")), step.here()
     if not job or (task is not None and task.job == job):
         return None
-    found = (queue.jobs([job]) or {}).get(job)
+    known = queue.jobs([job])
+    if known is None and queue.present():
+        raise ConfigError(f"run {rundir.name}: SLURM does not say whether its job {job} is still queued; try again in a minute")
+    found = (known or {}).get(job)
     return f"job {job} ({found.state.lower()})" if found and (found.waiting or found.active) else None
 
 
