@@ -115,9 +115,9 @@ class DeepSpeedEngine:
         self.updates += 1
         self.moved = lr > 0 and stats["grad_norm"] > 0
         kept = matter.nonzero().flatten()
-        if 0 < len(kept) < len(exp):  # the others were not forwarded, so nothing is known of them
+        if len(kept) < len(exp):  # the others were not forwarded, so nothing is known of them
             exp, full = exp.rows(kept), {k: v[kept] for k, v in full.items()}
-        return stats | diagnose(exp, full)
+        return stats | (diagnose(exp, full) if len(kept) else {})
 
     def evaluate(self, exp: Experience, update: Update) -> dict[str, float]:
         """The terms' values and the diagnostics without an update."""

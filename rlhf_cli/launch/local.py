@@ -138,7 +138,9 @@ def _queued(rundir: RunDir) -> str | None:
         return None
     known = queue.jobs([job])
     if known is None and queue.present():
-        raise ConfigError(f"run {rundir.name}: SLURM does not say whether its job {job} is still queued; try again in a minute")
+        raise ConfigError(
+            f"run {rundir.name}: SLURM does not say whether its job {job} is still queued; try again in a minute"
+        )
     found = (known or {}).get(job)
     return f"job {job} ({found.state.lower()})" if found and (found.waiting or found.active) else None
 

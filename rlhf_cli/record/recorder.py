@@ -168,7 +168,9 @@ class Recorder:
         self._tokens += row["count/tokens"]
         row["count/tokens_seen"] = self._tokens
         row |= self._counted
-        row |= {f"{learner}/{k}": mean([v[k] for v in passes]) for learner, passes in stats.items() for k in passes[0]}
+        for learner, passes in stats.items():  # a pass that forwarded no row knows less
+            keys = dict.fromkeys(k for v in passes for k in v)
+            row |= {f"{learner}/{k}": mean([v[k] for v in passes if k in v]) for k in keys}
         self._counted = {}
         row |= self.clock.row(rows=row["count/rows"], tokens=row["count/response_tokens"])
         self.metrics.append(row)

@@ -61,9 +61,7 @@ def test_an_error_on_one_rank_is_the_one_that_is_shown(tmp_path: Path) -> None:
     done = e2e.shell(*words(tmp_path, "raises", raises, *TWO))
     logs = tmp_path / "raises" / "logs"
     assert done.code == 3, done.err  # a reward that miscounts is a gate
-    assert (
-        done.err.startswith("rlhf: error: rank 1: ") and "values for" in done.err and done.err.count("\n") == 1
-    )
+    assert done.err.startswith("rlhf: error: rank 1: ") and "values for" in done.err and done.err.count("\n") == 1
     assert e2e.status(tmp_path / "raises")["status"] == "failed"
     assert "values for" in (logs / "rank-1.log").read_text(), "tracebacks are in the rank's own log"
     assert "hello from the reward" in (logs / "rank-0.log").read_text() and "hello from the reward" in done.out
