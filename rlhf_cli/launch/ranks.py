@@ -150,10 +150,9 @@ def first_failure(errors: Mapping[Path, int]) -> tuple[int, str, str] | None:
     found = []
     for path, when in errors.items():
         lines = path.read_text(encoding="utf-8").strip().splitlines()
-        frame = max(
-            (i for i, x in enumerate(lines) if x.startswith("  ")), default=-1
-        )  # some messages have several lines
-        last = " ".join(lines[frame + 1 :] or lines[-1:]) or "unknown: the file is empty"
+        frames = [i for i, x in enumerate(lines) if x.startswith("  ")]
+        said = lines[frames[-1] + 1 :] if frames else lines[-1:]  # some messages have several lines
+        last = " ".join(said or lines[-1:]) or "unknown: the file is empty"
         kind, _, text = last.partition(": ")
         rank = int(path.stem.removeprefix("rank-"))
         found.append((any(word in last for word in CONSEQUENCES), when, rank, kind.rpartition(".")[2], text))
