@@ -254,7 +254,12 @@ def cache_bytes(model: Any, rows: int, tokens: int) -> int:
 def environment(cfg: Any, comm: Comm) -> dict[str, str]:
     """Variables of the engine's processes."""
     threads = {"OMP_NUM_THREADS": str(cfg.hardware.threads or 1), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    made = {"VLLM_NO_USAGE_STATS": "1", **(threads if comm.device.type == "cpu" else {})}
+    # Its own lines belong into the log of the rank, as warnings do, not between the lines of the progress display.
+    made = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+        **(threads if comm.device.type == "cpu" else {}),
+    }
     if comm.device.type == "cuda" and comm.world > 1 and cfg.rollout.vllm.mode == "inprocess":
         made["CUDA_VISIBLE_DEVICES"] = str(comm.device.index)
     if transfer_of(cfg) == "ipc":
