@@ -83,7 +83,7 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def until(happened: Callable[[], bool], *, process: subprocess.Popen[bytes] | None, limit: float = 90) -> bool:
+def until(happened: Callable[[], bool], *, process: subprocess.Popen[bytes] | None, limit: float = 240) -> bool:
     """Wait for `happened`; False when the process ended before."""
     end = time.monotonic() + limit
     while not happened():
