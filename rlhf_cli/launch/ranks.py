@@ -174,8 +174,13 @@ def silenced(rundir: RunDir, reason: str) -> str:
 def _in_collective(stacks: str) -> bool:
     """Whether the main thread, which faulthandler writes last, waits for other ranks; of several dumps the first counts."""
     dumps = [part for part in stacks.split("stacks of all threads:") if "most recent call first" in part]
-    main = dumps[0].rpartition("(most recent call first):")[2].strip().splitlines() if dumps else []
-    return any("torch/distributed/" in line for line in main[:4])
+    frames: list[str] = []
+    for thread in dumps[0].split("\n\n") if dumps else []:
+        _, *each = thread.split("(most recent call first):")
+        frames = each[0].strip().splitlines() if each else frames
+        if len(each) > 1:  # a keeper's dump, which has no headline, goes on without an empty line
+            break
+    return any("torch/distributed/" in line for line in frames[:4])
 
 
 def _tell_user(rundir: RunDir, place: Place, text: str, code: int) -> int:

@@ -80,6 +80,11 @@ def test_silence_names_the_rank_that_others_wait_for(run: RunDir) -> None:
     woken = run.stacks(1).read_text() + head.format(1) + "Thread 0x2 (most recent call first):\n" + waits
     run.stacks(1).write_text(woken)
     assert "every rank but 1 waits" in ranks.silenced(run, "rank 0 silent"), "a rank that woke up later hung before"
+    dump = (
+        "Thread 0x1 (most recent call first):\n  File 'a.py', line 1 in wait\n\nThread 0x2 (most recent call first):\n"
+    )
+    run.stacks(1).write_text(head.format(1) + "Thread 0x2 (most recent call first):\n" + works + dump + waits)
+    assert "every rank but 1 waits" in ranks.silenced(run, "rank 0 silent"), "its keeper asked after it woke up"
     run.stacks(0).write_text(head.format(0) + "Thread 0x2 (most recent call first):\n" + works)
     assert "every rank but" not in ranks.silenced(run, "rank 0 silent"), "both work: nobody is blamed"
     assert ranks.silenced(run, "") == ""
