@@ -16,7 +16,7 @@ from hydra.core.override_parser.types import Glob, Override
 from rlhf_cli import catalog
 from rlhf_cli.compose import check_overrides, compose
 from rlhf_cli.errors import ConfigError
-from rlhf_cli.hardware import resolve_hardware
+from rlhf_cli.launch.choose import launcher_of
 from rlhf_cli.plan import validate
 
 LONGEST = 120  # characters of a folder's name; file systems allow 255, terminals less
@@ -142,7 +142,7 @@ def check(points: Sequence[Point], config_dir: str | None) -> list[Any]:
         try:
             cfg = compose("train", list(p.words), config_dir)
             validate(cfg)
-            resolve_hardware(cfg, here=is_here(cfg))
+            launcher_of(cfg).hardware(cfg, here=is_here(cfg))  # refuses what the launcher would
             made.append(cfg)
         except ConfigError as e:
             wrong.setdefault(str(e), []).append(p.name)

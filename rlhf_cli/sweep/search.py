@@ -11,7 +11,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from rlhf_cli.catalog import must
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.report.numbers import DEFAULTS, RunFiles, metric_of
-from rlhf_cli.sweep.points import Command, Point, check, choices, name_of
+from rlhf_cli.sweep.points import Command, Point, check, choices, is_here, name_of
 from rlhf_cli.sweep.pool import Running, Share, work
 from rlhf_cli.sweep.run import Sweep
 
@@ -97,6 +97,8 @@ def short(value: str) -> str:
 
 def search(opened: Sweep) -> None:
     """Ask, run, tell, until there are as many trials as asked for; unfinished ones of an earlier start go on first."""
+    if not is_here(opened.cfg):
+        raise ConfigError("hydra/sweeper=optuna: a search needs a result before the next point; type launcher=local")
     made = Search(opened)
     work(made.begin, made.end, made.look, opened.slots, opened.wish)
     made.say_best()
