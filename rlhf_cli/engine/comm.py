@@ -90,7 +90,8 @@ def start(device: torch.device, timeout: float = 1800) -> Comm:
         logging.getLogger(name).setLevel(logging.ERROR)
     # Its shared-memory all-reduce for CPUs is compiled at first use, which takes half a minute and a C++ compiler; gloo needs neither.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if "RANK" not in os.environ:
+    lone = not {"RANK", "MASTER_PORT"} <= os.environ.keys()
+    if lone:
         os.environ |= {
             "RANK": "0",
             "WORLD_SIZE": "1",
@@ -101,4 +102,6 @@ def start(device: torch.device, timeout: float = 1800) -> Comm:
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout + 60), verbose=False)
+    if lone:
+        os.environ.pop("MASTER_PORT")  # taken: a child that inherited it could not be a lone process of its own
     return Comm(device)

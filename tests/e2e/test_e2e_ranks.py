@@ -135,10 +135,10 @@ def test_two_machines_without_a_scheduler(tmp_path: Path) -> None:
     more = ["hardware.nodes=2", f"hardware.master=127.0.0.1:{port()}", "hardware.processes=1", "hardware.zero=1"]
     command = words(tmp_path, "nodes", "pass", *more)
     first = e2e.begin(*command, "hardware.node_rank=1", log=tmp_path / "log1")
+    assert e2e.until(lambda: "waiting for machine 0" in (tmp_path / "log1").read_text(), process=first)
     done = e2e.shell(*command, "hardware.node_rank=0")
     assert done.code == 0, done.out + done.err
     assert first.wait(30) == 0, (tmp_path / "log1").read_text()
-    assert "waiting for machine 0" in (tmp_path / "log1").read_text()
     run = tmp_path / "nodes"
     assert e2e.status(run)["status"] == "finished"
     assert {p.name for p in (run / "logs").glob("rank-*.log")} == {"rank-0.log", "rank-1.log"}
