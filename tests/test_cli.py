@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from rlhf_cli import catalog, cli, completion
 from rlhf_cli.compose import compose
 from rlhf_cli.errors import ConfigError, GateError
+from rlhf_cli.launch.local import Local
 from rlhf_cli.usage import VERBS
 
 
@@ -30,6 +31,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     local.launch = lambda cfg: calls.append(("launch", cfg))  # type: ignore[attr-defined]
     local.resume = lambda run, overrides: calls.append(("resume", run, overrides)) or 0  # type: ignore[attr-defined]
     local.run_verb = lambda verb, cfg: calls.append((verb, cfg)) or 0  # type: ignore[attr-defined]
+    local.Local = Local  # type: ignore[attr-defined]
     plan.validate = lambda cfg: calls.append(("validate", cfg))  # type: ignore[attr-defined]
     planned.describe = lambda cfg: f"plan of {cfg.names.algo}"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "rlhf_cli.launch.local", local)
