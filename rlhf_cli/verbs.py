@@ -12,7 +12,7 @@ import torch
 from rlhf_cli import wiring
 from rlhf_cli.data.loading import load, load_whole
 from rlhf_cli.data.record import Record
-from rlhf_cli.engine.comm import Comm
+from rlhf_cli.engine.comm import Comm, seed_all
 from rlhf_cli.engine.memory import keep_freed_memory
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.models import loading
@@ -28,6 +28,7 @@ from rlhf_cli.types import Sample
 def _device(cfg: Any) -> torch.device:
     torch.set_num_threads(cfg.hardware.threads or 1)
     keep_freed_memory()
+    seed_all(cfg.seed)
     return torch.device(cfg.hardware.device)
 
 

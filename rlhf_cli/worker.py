@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from rlhf_cli.config import build, load_config
-from rlhf_cli.engine.comm import Comm, start
+from rlhf_cli.engine.comm import Comm, seed_all, start
 from rlhf_cli.engine.memory import keep_freed_memory
 from rlhf_cli.errors import ConfigError, GateError
 from rlhf_cli.launch.stop import Stop
@@ -340,9 +340,7 @@ def _device(cfg: Any) -> torch.device:
     """This rank's device, ready, with every global generator seeded: a user's reward may draw from any of them."""
     torch.set_num_threads(cfg.hardware.threads or 1)
     keep_freed_memory()
-    random.seed(cfg.seed)
-    np.random.seed(cfg.seed % 2**32)
-    torch.manual_seed(cfg.seed)
+    seed_all(cfg.seed)
     if cfg.hardware.device != "cuda":
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

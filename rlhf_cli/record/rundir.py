@@ -103,6 +103,11 @@ class RunDir:
         path = self.path / "job.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
+    def said(self) -> str:
+        """How the run stands by its own word; empty before it speaks, as while a job waits that follows the one that wrote the status."""
+        status, job = self.status(), self.job()
+        return str(status.get("status", "")) if not job or status.get("job") == job.get("job") else ""
+
     def claim(self) -> str | None:
         """Become the one writer until `release()` or the end of this process, however it ends.
 

@@ -113,7 +113,7 @@ def state(rundir: RunDir, jobs: Mapping[str, queue.Job] | None) -> tuple[str, st
     said, why = str(status.get("status", "")), str(status.get("reason", ""))
     again = f"rlhf resume {rundir.path}"
     if job:
-        return _of_job(rundir, job, said if status.get("job") == job["job"] else "", jobs, again)
+        return _of_job(rundir, job, rundir.said(), jobs, again)
     if said == "running" or not said:
         alive = _alive(rundir, status)
         if alive:

@@ -80,13 +80,15 @@ class Record:
 
 def state(noted: str, run: RunDir) -> str:
     """Where a point stands, from what the record noted and what its run says."""
-    said = run.status().get("status", "")
+    said = run.said()
     if run.writer():
         return "running"
     if said in ("finished", "failed"):
         return said
     if noted in ("pruned", "failed", "submitted"):  # a process that was killed leaves no word in its run
         return noted
+    if noted == "running" and run.job() and not said:  # this process was killed after it had handed the point over
+        return "submitted"
     return "waiting" if noted == "waiting" and not said else "interrupted"
 
 

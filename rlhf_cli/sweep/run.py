@@ -141,7 +141,7 @@ def quoted(value: str) -> str:
 def ended(code: int, run: RunDir, *, asked: bool) -> str:
     """How a point ended, from its exit status and what its run says."""
     if code == 0:
-        return "finished" if run.status().get("status") == "finished" else "submitted"
+        return "finished" if run.said() == "finished" else "submitted"
     return "interrupted" if asked or code == STOPPED else "failed"
 
 

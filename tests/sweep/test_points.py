@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from rlhf_cli.errors import ConfigError
+from rlhf_cli.record.rundir import RunDir
 from rlhf_cli.sweep import points
 from rlhf_cli.sweep.points import LONGEST, check, expand, name_of, read
+from rlhf_cli.sweep.record import state
 
 
 def names(*words: str) -> list[str]:
@@ -99,3 +103,13 @@ def test_a_plan_that_cannot_run_is_found_too() -> None:
         check(expand(read(["algo=grpo", "credit=group_norm,gae"], None)), None)
     assert [c.seed for c in check(expand(read(["seed=3,4"], None)), None)] == [3, 4]
     assert points.is_here(check(expand(read(["seed=3"], None)), None)[0])
+
+
+def test_a_status_of_an_earlier_job_is_not_the_points_state(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "point").create()
+    run.write_json("status.json", {"status": "failed", "job": "7"})
+    assert state("running", run) == "failed"  # no job.json: the run's own word
+    run.write_json("job.json", {"job": "8"})
+    assert (state("submitted", run), state("running", run)) == ("submitted", "submitted")
+    run.write_json("status.json", {"status": "finished", "job": "8"})
+    assert state("submitted", run) == "finished"
