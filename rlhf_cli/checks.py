@@ -15,7 +15,7 @@ from rlhf_cli.config import nearest
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.rollout.backends import BACKENDS, require
 
-SWITCHES = ("shuffled_reward",)  # of `debug`
+SWITCHES = ("shuffled_reward", "stand_ins")  # of `debug`
 
 
 AT_LEAST = {

@@ -25,7 +25,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
-from rlhf_cli import catalog
+from rlhf_cli import catalog, standins
 from rlhf_cli.config import LearnerSection, nearest, schema
 from rlhf_cli.errors import ConfigError
 
@@ -66,6 +66,7 @@ def finish(cfg: DictConfig, choices: Mapping[str, Any], groups: Iterable[str]) -
     # Hydra reports no choice for a list of options; its nodes are keyed by option.
     several = {g: "+".join(map(str, cfg[g])) for g in groups if g not in choices and isinstance(cfg.get(g), DictConfig)}
     cfg.names = {g: str(name) for g in order if (name := choices.get(g) or several.get(g))}
+    standins.fill(cfg)
     return cfg
 
 

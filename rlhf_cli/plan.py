@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from rlhf_cli import standins
 from rlhf_cli.checks import check_numbers
 from rlhf_cli.config import check_node, nearest
 from rlhf_cli.errors import ConfigError
@@ -46,6 +47,7 @@ def validate(cfg: Any) -> Plan:
     have = set(BASE)
     _source(cfg, plan, have)
     _scorers(cfg, plan, have)
+    plan.notes += standins.notes(cfg)
     _select(cfg, plan, have)
     terms = list(_terms(cfg))
     if not terms:
