@@ -177,7 +177,7 @@ def test_new_keys_of_open_sections_need_no_marks() -> None:
         ("dataset.columns.prompt=[a]", "dataset.columns.prompt=[a]: Cannot convert 'list' to string"),
         (
             "debug.shufled_reward=true",
-            "debug: 'shufled_reward' is not allowed; choose one of shuffled_reward; did you mean",
+            "debug: 'shufled_reward' is not allowed; choose one of shuffled_reward, stand_ins; did you mean",
         ),
         ("hardware.deepsped.x=1", "hardware.deepsped: unknown key; did you mean 'deepspeed'?"),
     ],
