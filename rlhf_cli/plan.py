@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf_cli import standins
+from rlhf_cli import frozen, standins
 from rlhf_cli.checks import check_numbers
 from rlhf_cli.config import check_node, nearest
 from rlhf_cli.errors import ConfigError
@@ -43,6 +43,7 @@ class Plan:
 def validate(cfg: Any) -> Plan:
     """Walk the stages in order; every column a stage takes must have been made by an earlier one. Raises ConfigError in one sentence."""
     check_numbers(cfg)
+    frozen.check(cfg)
     plan = Plan(source=source_kind(cfg))
     have = set(BASE)
     _source(cfg, plan, have)
@@ -147,8 +148,10 @@ def _why_absent(cfg: Any, plan: Plan, column: str, learner: str) -> str:
         return "recorded rows were not drawn by this policy: type source=sampled"
     if column in ("label", "margin", "pair_weight"):
         return f"the dataset has no {column}: map it with dataset.columns"
-    if column in ("logp", "entropy", "old_logp", "ref_logp"):
+    if column in ("logp", "entropy", "old_logp", "ref_logp", "full_logp"):
         return "it comes from a policy, and no policy is loaded"
+    if column.endswith(frozen.SUFFIX):
+        return frozen.absent(column)
     return f"no stage makes it{nearest(column, (*BASE, *SAMPLED))}"
 
 
@@ -283,8 +286,16 @@ def _annotate(cfg: Any, plan: Plan, have: set[str], wanted: frozenset[str]) -> N
     if "ref_logp" in wanted and policy:
         have.add("ref_logp")
         filled.append("ref_logp")
-        own = "the disabled adapter" if cfg.model.lora.r else "a frozen copy of the initial policy"
-        plan.models["reference"] = f"gives ref_logp: {own if cfg.model.reference == 'auto' else cfg.model.reference}"
+        plan.models["reference"] = frozen.reference(cfg)
+    if "full_logp" in wanted and "policy" in plan.learners:
+        have.add("full_logp")
+        filled.append("full_logp")
+    frozen.refuse_idle(cfg, wanted, trained=plan.learners.get("policy") == "policy")
+    for column, name in frozen.columns(cfg).items():
+        plan.models[name] = frozen.described(cfg, name)
+        if column in wanted:
+            have.add(column)
+            filled.append(column)
     critics = [n for n, head in plan.learners.items() if head == "value"]
     if "value" in wanted and critics:
         have.add("value")

@@ -130,7 +130,7 @@ def annotating(columns: Mapping[str, tuple[Inferable, str]]) -> Stage:
     def annotate(exp: Experience) -> Experience:
         if not len(exp):
             return exp
-        return replace(exp, **{name: model.infer(exp, frozenset({out}))[out] for name, (model, out) in columns.items()})
+        return exp.filled({name: model.infer(exp, frozenset({out}))[out] for name, (model, out) in columns.items()})
 
     return annotate
 

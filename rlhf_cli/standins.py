@@ -43,7 +43,10 @@ def _unnamed(cfg: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _models(cfg: Any) -> Iterator[tuple[str, Any]]:
-    """(key, node) of every reward that loads a model by path."""
+    """(key, node) of every model that is read by path: of rewards, of `frozen`, of a soup."""
+    yield from ((f"frozen.{name}", section) for name, section in cfg.frozen.items())
+    if cfg.model.reference == "soup":
+        yield "model.soup", cfg.model.soup
     for name, node in (cfg.reward or {}).items():
         if isinstance(node, Mapping) and "path" in node and _loads_model(cfg, node, f"reward.{name}"):
             yield f"reward.{name}", node

@@ -12,19 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_cli import gates, stages
+from rlhf_cli import frozen, gates, stages
 from rlhf_cli.config import build
 from rlhf_cli.data.loading import load
 from rlhf_cli.data.record import Record, as_demonstrations, check_lengths, check_references
 from rlhf_cli.data.text import render, response_ids
 from rlhf_cli.engine.comm import Comm
 from rlhf_cli.engine.deepspeed import DeepSpeedEngine, Frozen, Setup
-from rlhf_cli.models import fused, loading, packing
+from rlhf_cli.engine.following import Follower
+from rlhf_cli.models import fused, loading, packing, soup
 from rlhf_cli.models.heads import PolicyHead, ScalarHead, inner
 from rlhf_cli.models.lora import add_lora, reference_disabled
 from rlhf_cli.plan import Plan, learner_sections, validate
 from rlhf_cli.rewards.make import make_scorer
 from rlhf_cli.rollout.backends import backend
+from rlhf_cli.rollout.masking import Mask
 from rlhf_cli.rollout.sampler import Sampler
 from rlhf_cli.sources.assemble import rows, sample_of
 from rlhf_cli.sources.recorded import Recorded
@@ -66,11 +68,13 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
     packing.register()
     sections = learner_sections(cfg)
     heads = {name: make_head(cfg, section, comm, plan) for name, section in sections.items()}
-    reference = make_reference(cfg, heads, plan, comm)
+    readers = make_readers(cfg, heads, plan, comm)
     scorable = plan.learners.get("policy") == "policy" and can_score(cfg, heldout)
     actor = make_actor(cfg, heads, plan, comm) if sampled or scorable else None
     engines = {name: DeepSpeedEngine(name, head, setup_of(cfg, sections[name]), comm) for name, head in heads.items()}
+    followers = make_followers(cfg, readers, engines)
     sampler, publish = make_sampler(cfg, actor, tokenizer, comm, engines.get("policy"), record.count)
+    mask_sampler(cfg, sampler, readers, tokenizer)
     if sampled:
         assert sampler is not None
         rest = getattr(sampler, "rest", _nothing)  # an engine that gives its memory back while the learner trains
@@ -96,7 +100,7 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
         select=stages.selecting(build(cfg.select, "select", allow=allow), record.count)
         if cfg.select and scorer is not None
         else stages.keep,
-        annotate=stages.annotating(annotations(plan, engines, reference)),
+        annotate=stages.annotating(annotations(plan, engines, readers)),
         shape=stages.shaping([build(v, f"shaping.{k}", allow=allow) for k, v in (cfg.shaping or {}).items() if v]),
         credit=make_credit(cfg, plan, record.count),
         engines=engines,
@@ -108,16 +112,18 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
         record=record,
         start=0,
         steps=cfg.steps,
+        follow=partial(follow_all, list(followers.values())),
     )
-    state = {"source": source, "constant_reward": checks.constant}
+    state = {"source": source, "constant_reward": checks.constant, **followers}
     eval_scorer = scorer if sampled else make_scorer(cfg) if scorable else None
     probe = partial(probe_rows, encoded=encoded[:2], records=train[:2])
-    frozen = [reference.module] if reference is not None else []
+    own = [id(head) for head in heads.values()]
+    others = [r.module for r in readers.values() if id(r.module) not in own]
     return run, Parts(
         plan=plan,
         tokenizer=tokenizer,
         engines=engines,
-        heads=[*heads.values(), *frozen],
+        heads=[*heads.values(), *others],
         sampler=sampler,
         eval_scorer=eval_scorer,
         probe=probe,
@@ -169,7 +175,7 @@ def make_gates(cfg: Any, sampler: Sampler | None) -> gates.Gates:
         precision=cfg.hardware.precision,
         eos=sampler.eos if sampler is not None else [],
         stops=bool(r.stop),
-        own_reference=cfg.model.reference == "auto",
+        own_reference=cfg.model.reference == "auto" and not cfg.rollout.mask.model,
         exact_sampler=r.top_p == 1.0 and r.top_k == 0 and r.min_tokens == 0 and r.temperature > 0,
     )
 
@@ -275,23 +281,72 @@ def temperature_of(cfg: Any, plan: Plan) -> float:
     return cfg.rollout.temperature if plan.source == "sampled" and cfg.rollout.temperature > 0 else 1.0
 
 
-def make_reference(cfg: Any, heads: Mapping[str, nn.Module], plan: Plan, comm: Comm) -> Frozen | None:
-    """The frozen policy behind `ref_logp`: the disabled adapter, a copy of the initial policy, or another model."""
+def make_readers(cfg: Any, heads: Mapping[str, nn.Module], plan: Plan, comm: Comm) -> dict[str, Frozen]:
+    """Models that are only read, by name: the reference behind `ref_logp`, and those of the configuration's `frozen`."""
+    setup, m = setup_of(cfg, None), cfg.model
+    made = {
+        name: Frozen(make_reader(cfg, heads, plan, comm, section.path), setup, comm)
+        for name, section in cfg.frozen.items()
+    }
     if "ref_logp" not in plan.annotate:
-        return None
-    setup = setup_of(cfg, None)
-    if cfg.model.lora.r and "policy" in heads:
-        return Frozen(heads["policy"], setup, comm, around=lambda: reference_disabled(heads["policy"].model))
-    if cfg.model.reference == "auto" and "policy" in heads:
-        head = copy.deepcopy(heads["policy"])
+        return made
+    if m.lora.r and "policy" in heads and not m.refresh.every:
+        own: Any = heads["policy"]
+        return {"reference": Frozen(own, setup, comm, around=lambda: reference_disabled(own.model)), **made}
+    path = frozen.INITIAL if m.reference == "auto" else m.reference
+    return {"reference": Frozen(make_reader(cfg, heads, plan, comm, path), setup, comm), **made}
+
+
+def make_reader(cfg: Any, heads: Mapping[str, nn.Module], plan: Plan, comm: Comm, path: str) -> nn.Module:
+    """A language model that is only read: the policy before training, a soup, or another model."""
+    if path == frozen.INITIAL and "policy" in heads:
+        head: Any = heads["policy"]
+        fixed = [] if cfg.hardware.zero == 3 else [p for p in head.parameters() if not p.requires_grad]
+        return copy.deepcopy(head, {id(p): p for p in fixed}).eval().requires_grad_(False)  # weights under adapters are shared
+    how = {"dtype": dtype_of(cfg), "seed": cfg.seed}
+    if path == frozen.SOUP:
+        mix = cfg.model.soup
+        model = soup.averaged(cfg.model, elsewhere(cfg.model, mix.path), mix.weight, **how)
     else:
-        other = copy.deepcopy(cfg.model)
-        if cfg.model.reference != "auto":
-            other.path, other.source, other.revision = cfg.model.reference, "auto", ""
-        model = loading.load_causal(other, dtype=dtype_of(cfg), seed=cfg.seed).to(comm.device)
-        prepare(model, checkpointing=False)
-        head = PolicyHead(model, temperature=temperature_of(cfg, plan), packing=cfg.model.packing)
-    return Frozen(head.eval().requires_grad_(False), setup, comm)
+        model = loading.load_causal(cfg.model if path == frozen.INITIAL else elsewhere(cfg.model, path), **how)
+    model.to(comm.device)
+    prepare(model, checkpointing=False)
+    head = PolicyHead(model, temperature=temperature_of(cfg, plan), packing=cfg.model.packing)
+    return head.eval().requires_grad_(False)
+
+
+def elsewhere(cfg_model: Any, path: str) -> Any:
+    """The model section with another path."""
+    made = copy.deepcopy(cfg_model)
+    made.path, made.source, made.revision = path, "auto", ""
+    return made
+
+
+def make_followers(
+    cfg: Any, readers: Mapping[str, Frozen], engines: Mapping[str, DeepSpeedEngine]
+) -> dict[str, Follower]:
+    """What brings the policy's weights to models that follow it, by the models' names; checkpointed."""
+    refreshes = {"reference": cfg.model.refresh, **{name: section.refresh for name, section in cfg.frozen.items()}}
+    return {
+        f"frozen.{name}": Follower(name, readers[name].module, engines["policy"], every=r.every, decay=r.decay)
+        for name, r in refreshes.items()
+        if r.every and name in readers
+    }
+
+
+def follow_all(followers: Sequence[Follower], step: int) -> None:
+    """Every model that follows the policy, after a step."""
+    for follow in followers:
+        follow(step)
+
+
+def mask_sampler(cfg: Any, sampler: Any, readers: Mapping[str, Frozen], tokenizer: Any) -> None:
+    """Let the sampler draw what `rollout.mask` allows only."""
+    m = cfg.rollout.mask
+    if m.model and sampler is not None:
+        model: Any = readers[m.model].module.model
+        special = [*tokenizer.all_special_ids, *sampler.eos]
+        sampler.mask = Mask(model, top_p=m.top_p, min_tokens=m.min_tokens, special=special)
 
 
 def setup_of(cfg: Any, section: Any) -> Setup:
@@ -305,14 +360,16 @@ def setup_of(cfg: Any, section: Any) -> Setup:
 
 
 def annotations(
-    plan: Plan, engines: Mapping[str, DeepSpeedEngine], reference: Frozen | None
+    plan: Plan, engines: Mapping[str, DeepSpeedEngine], readers: Mapping[str, Frozen]
 ) -> dict[str, tuple[Any, str]]:
     """Columns filled from models: name -> (model, its output)."""
     critic = next((engines[n] for n, head in plan.learners.items() if head == "value"), None)
     makers = {
         "old_logp": (engines.get("policy"), "logp"),
-        "ref_logp": (reference, "logp"),
+        "ref_logp": (readers.get("reference"), "logp"),
+        "full_logp": (engines.get("policy"), "full_logp"),
         "value": (critic, "value_new"),
+        **{frozen.column(name): (reader, "logp") for name, reader in readers.items()},
     }
     return {c: makers[c] for c in plan.annotate}
 
