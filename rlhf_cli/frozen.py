@@ -29,7 +29,9 @@ def check(cfg: Any) -> None:
     for name, section in cfg.frozen.items():
         taken = name in (*TAKEN, "policy", "reference", *cfg.updates, *cfg.learners)
         if not str(name).isidentifier() or taken:
-            raise ConfigError(f"frozen.{name}: {'this name is taken' if taken else 'it must be a plain word'}; choose another")
+            raise ConfigError(
+                f"frozen.{name}: {'this name is taken' if taken else 'it must be a plain word'}; choose another"
+            )
         if not section.path:
             raise ConfigError(
                 f"frozen.{name}.path is empty; type frozen.{name}.path=RUN, or frozen.{name}.path={INITIAL} for the initial policy"
@@ -94,7 +96,9 @@ def refuse_idle(cfg: Any, wanted: Iterable[str], trained: bool) -> None:
     """A model that nothing reads would cost its memory for nothing; one that follows the policy needs a policy that is `trained`."""
     for key, section in _refreshes(cfg) if not trained else ():
         if section.every:
-            raise ConfigError(f"{key}.every={section.every}: no policy is trained, so there is nothing to follow; type {key}.every=0")
+            raise ConfigError(
+                f"{key}.every={section.every}: no policy is trained, so there is nothing to follow; type {key}.every=0"
+            )
     for name in cfg.frozen:
         if column(name) not in wanted and cfg.rollout.mask.model != name:
             raise ConfigError(f"frozen.{name}: nothing reads {column(name)}; drop it with '~frozen.{name}'")
@@ -127,7 +131,11 @@ def follows(refresh: Any) -> str:
     if not refresh.every:
         return ""
     how = f", {refresh.decay:g} of itself kept" if refresh.decay else ""
-    return f"; takes the policy's weights every {refresh.every} steps{how}" if refresh.every > 1 else f"; takes the policy's weights every step{how}"
+    return (
+        f"; takes the policy's weights every {refresh.every} steps{how}"
+        if refresh.every > 1
+        else f"; takes the policy's weights every step{how}"
+    )
 
 
 def absent(name: str) -> str:

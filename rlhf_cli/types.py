@@ -54,7 +54,9 @@ class Experience:
     reward: Tensor = column("N T")
     behavior_logp: Tensor = column("N T")  # of the distribution that was sampled
     full_logp: Tensor = column("N T")  # of the policy's whole distribution, where the sampled one was masked
-    allowed: Tensor = column("N S B")  # uint8, a bit per token of the vocabulary, for each row's trained tokens in order
+    allowed: Tensor = column(
+        "N S B"
+    )  # uint8, a bit per token of the vocabulary, for each row's trained tokens in order
     old_logp: Tensor = column("N T")
     ref_logp: Tensor = column("N T")
     value: Tensor = column("N T")
@@ -217,4 +219,6 @@ class Run:
     record: Record
     start: int
     steps: int
-    follow: Callable[[int], None] = _stay  # after that many steps' updates: models that follow the policy take its weights
+    follow: Callable[[int], None] = (
+        _stay  # after that many steps' updates: models that follow the policy take its weights
+    )

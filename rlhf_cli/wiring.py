@@ -302,7 +302,9 @@ def make_reader(cfg: Any, heads: Mapping[str, nn.Module], plan: Plan, comm: Comm
     if path == frozen.INITIAL and "policy" in heads:
         head: Any = heads["policy"]
         fixed = [] if cfg.hardware.zero == 3 else [p for p in head.parameters() if not p.requires_grad]
-        return copy.deepcopy(head, {id(p): p for p in fixed}).eval().requires_grad_(False)  # weights under adapters are shared
+        return (
+            copy.deepcopy(head, {id(p): p for p in fixed}).eval().requires_grad_(False)
+        )  # weights under adapters are shared
     how = {"dtype": dtype_of(cfg), "seed": cfg.seed}
     if path == frozen.SOUP:
         mix = cfg.model.soup

@@ -52,7 +52,9 @@ def average(names: tuple[str, str], a: Any, b: Any, weight: float) -> None:
         y = theirs[key]
         if not x.is_floating_point():
             if not torch.equal(x, y):
-                raise ConfigError(f"{names[1]}: {key} holds other whole numbers than in {names[0]}, which have no average")
+                raise ConfigError(
+                    f"{names[1]}: {key} holds other whole numbers than in {names[0]}, which have no average"
+                )
             continue
         if not bool(y.isfinite().all()) or not bool(x.isfinite().all()):
             raise ConfigError(f"{key} holds numbers that are not finite in {names[0]} or {names[1]}")
@@ -63,21 +65,29 @@ def same_model(names: tuple[str, str], a: Any, b: Any) -> None:
     """Refuse two models that differ in more than their weights."""
     first, other = names
     if type(a) is not type(b):
-        raise ConfigError(f"{other} is a {type(b).__name__} and {first} a {type(a).__name__}; only models of one kind average")
+        raise ConfigError(
+            f"{other} is a {type(b).__name__} and {first} a {type(a).__name__}; only models of one kind average"
+        )
     mine, theirs = a.state_dict(), b.state_dict()
     odd = sorted(mine.keys() ^ theirs.keys())
     if odd:
-        raise ConfigError(f"{odd[0]} is in {first if odd[0] in mine else other} only; only models with the same weights average")
+        raise ConfigError(
+            f"{odd[0]} is in {first if odd[0] in mine else other} only; only models with the same weights average"
+        )
     for key in mine:
         if mine[key].shape != theirs[key].shape:
             sizes = f"{list(mine[key].shape)} in {first} and {list(theirs[key].shape)} in {other}"
-            raise ConfigError(f"{key} is {sizes}; an average needs fine-tunes of one base model, embeddings not resized")
+            raise ConfigError(
+                f"{key} is {sizes}; an average needs fine-tunes of one base model, embeddings not resized"
+            )
     if _ties(mine) != _ties(theirs):
         raise ConfigError(f"{first} and {other} tie other weights; set tie_word_embeddings alike in both config.json")
     one, two = (_meaning(m.config.to_dict()) for m in (a, b))
     for key in sorted(one.keys() | two.keys()):
         if one.get(key) != two.get(key):
-            raise ConfigError(f"config.json: {key} is {one.get(key)} in {first} and {two.get(key)} in {other}; they do not average")
+            raise ConfigError(
+                f"config.json: {key} is {one.get(key)} in {first} and {two.get(key)} in {other}; they do not average"
+            )
 
 
 def _meaning(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,9 +107,13 @@ def same_tokens(first: str, other: str, a: Any, b: Any) -> None:
     one, two = a.get_vocab(), b.get_vocab()
     if one != two:
         token = min(k for k in one.keys() | two.keys() if one.get(k) != two.get(k))
-        raise ConfigError(f"the tokenizers differ: {token!r} is {one.get(token)} in {first} and {two.get(token)} in {other}")
+        raise ConfigError(
+            f"the tokenizers differ: {token!r} is {one.get(token)} in {first} and {two.get(token)} in {other}"
+        )
     if _rules(a) != _rules(b) or a.eos_token_id != b.eos_token_id or a.bos_token_id != b.bos_token_id:
-        raise ConfigError(f"the tokenizers of {first} and {other} have the same tokens and other rules; they do not average")
+        raise ConfigError(
+            f"the tokenizers of {first} and {other} have the same tokens and other rules; they do not average"
+        )
 
 
 def _rules(tokenizer: Any) -> dict[str, Any]:
@@ -124,7 +138,9 @@ def main(words: Sequence[str]) -> int:
         raise ConfigError(f"merge: {str(e).removeprefix('model.path: ')}") from None
     folder.parent.mkdir(parents=True, exist_ok=True)
     export(model, loading.load_tokenizer(sections[0]), folder, merge=False, dtype=DTYPES[dtype])
-    print(f"{1 - weight:g} x {first} + {weight:g} x {other} is in {folder} ({dtype}); use it as model.reference={folder}")
+    print(
+        f"{1 - weight:g} x {first} + {weight:g} x {other} is in {folder} ({dtype}); use it as model.reference={folder}"
+    )
     return 0
 
 

@@ -1,11 +1,14 @@
 """Unreduced objectives: [N, T], [N] or [M] from learner outputs and columns."""
 
+from rlhf_cli.objectives.contrastive import copg, copg_labels, p3o, p3o_joint, trpa
 from rlhf_cli.objectives.policy import (
     entropy_bonus,
     kl_k1,
     kl_k2,
     kl_k3,
+    kl_old,
     ppo_clip,
+    ppo_clip_whitened,
     reinforce,
     sequence_ratio_clip,
 )
@@ -19,6 +22,8 @@ __all__ = [
     "bradley_terry_margin",
     "centering",
     "clipped_value",
+    "copg",
+    "copg_labels",
     "dpo",
     "entropy_bonus",
     "hinge",
@@ -26,8 +31,13 @@ __all__ = [
     "kl_k1",
     "kl_k2",
     "kl_k3",
+    "kl_old",
     "nll",
+    "p3o",
+    "p3o_joint",
     "ppo_clip",
+    "ppo_clip_whitened",
     "reinforce",
     "sequence_ratio_clip",
+    "trpa",
 ]
