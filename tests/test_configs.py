@@ -20,11 +20,16 @@ from rlhf_cli.report.planned import describe
 
 OPTIONS = [(group, name) for group, found in catalog.groups().items() for name in found]
 SHAPE_FITS = {"prompts": "grpo", "pairs": "dpo", "rankings": "dpo", "demonstrations": "sft"}
-NEEDS_PATH = {"rlhf_cli.rewards.model.Model", "rlhf_cli.rewards.python.Python"}
+NEEDS_PATH = {
+    "rlhf_cli.rewards.model.Model",
+    "rlhf_cli.rewards.python.Python",
+    "rlhf_cli.rewards.perplexity.Perplexity",
+}
 REQUIRED = {
     "model": "reward.model.path=RUN",
     "python": "reward.python.path=mine.py:score",
     "regex": "reward.regex.pattern=x",
+    "perplexity": "reward.perplexity.path=FOLDER",
     "zero3_offload_nvme": "hardware.nvme_path=nvme",
 }
 
