@@ -29,7 +29,7 @@ def keep(exp: Experience) -> Experience:
     return exp
 
 
-def _ignore(_: Any) -> None:
+def _ignore(*_: Any) -> None:
     pass
 
 
@@ -124,6 +124,7 @@ def selecting(rule: Callable[..., Selection], count: Callable[[Mapping[str, floa
 
     def select(exp: Experience) -> Experience:
         chosen = call(rule, exp)
+        told(rule, count, "select")
         count({"rows_before": float(len(exp)), **chosen.stats})
         if chosen.keep is not None:
             exp = exp.rows(chosen.keep)
@@ -143,7 +144,7 @@ def annotating(columns: Mapping[str, tuple[Inferable, str]]) -> Stage:
     return annotate
 
 
-def shaping(shapers: Sequence[Callable[..., Tensor]]) -> Stage:
+def shaping(shapers: Sequence[Callable[..., Tensor]], count: Callable[..., None] = _ignore) -> Stage:
     """A shaper that returns [N] replaces `score`; one that returns [N, T] is added to `reward`. The score lands on the last trained token."""
 
     def shape(exp: Experience) -> Experience:
@@ -152,6 +153,7 @@ def shaping(shapers: Sequence[Callable[..., Tensor]]) -> Stage:
         dense = torch.zeros(exp.ids.shape)
         for fn in shapers:
             out = call(fn, exp)
+            told(fn, count, "shaping")
             if out.ndim == 1:
                 exp = replace(exp, score=out)
             else:
@@ -161,13 +163,21 @@ def shaping(shapers: Sequence[Callable[..., Tensor]]) -> Stage:
     return shape
 
 
-def crediting(rule: Callable[..., Any], limit: float) -> Stage:
+def told(fn: Any, count: Callable[..., None], stage: str) -> None:
+    """Report what an object with `stats` found in its last call."""
+    stats = getattr(fn, "stats", None)
+    if stats:
+        count(stats, stage)
+
+
+def crediting(rule: Callable[..., Any], limit: float, count: Callable[..., None] = _ignore) -> Stage:
     """Advantages from rewards; refuse magnitudes above `limit`."""
 
     def credit(exp: Experience) -> Experience:
         if not len(exp):
             return exp
         found = call(rule, exp)
+        told(rule, count, "credit")
         largest = float(found.advantage.abs().max())
         if not largest <= limit:
             raise GateError(
