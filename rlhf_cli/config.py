@@ -135,9 +135,7 @@ class ModelSection:
     path: str = ""  # a Hugging Face folder, a run, or a Hub id
     source: str = "auto"  # auto (path decides) | smollm2 (packaged weights) | tiny (random)
     revision: str = ""  # Hub revision
-    reference: str = (
-        "auto"  # auto (the initial policy; the disabled adapter under LoRA) | soup | a folder, a run or a Hub id
-    )
+    reference: str = "auto"  # auto (the initial policy; under LoRA the disabled adapter) | soup | a path as above
     soup: SoupSection = field(default_factory=SoupSection)
     refresh: RefreshSection = field(default_factory=RefreshSection)  # of the reference
     trust_remote_code: bool = False  # run code that a model repository ships

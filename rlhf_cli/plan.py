@@ -291,15 +291,14 @@ def _annotate(cfg: Any, plan: Plan, have: set[str], wanted: frozenset[str]) -> N
         have.add("ref_logp")
         filled.append("ref_logp")
         plan.models["reference"] = frozen.reference(cfg)
-    if "full_logp" in wanted and "policy" in plan.learners:
-        have.add("full_logp")
-        filled.append("full_logp")
+    own = ["full_logp"] if "full_logp" in wanted and "policy" in plan.learners else []
+    have.update(own)
+    filled += own
     frozen.refuse_idle(cfg, wanted, trained=plan.learners.get("policy") == "policy")
-    for column, name in frozen.columns(cfg).items():
-        plan.models[name] = frozen.described(cfg, name)
-        if column in wanted:
-            have.add(column)
-            filled.append(column)
+    plan.models |= {name: frozen.described(cfg, name) for name in cfg.frozen}
+    named = [column for column in frozen.columns(cfg) if column in wanted]
+    have.update(named)
+    filled += named
     critics = [n for n, head in plan.learners.items() if head == "value"]
     if "value" in wanted and critics:
         have.add("value")

@@ -11,21 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_cli import frozen, gates, stages
+from rlhf_cli import frozen, gates, readers, stages
 from rlhf_cli.data.loading import load
 from rlhf_cli.data.record import Record, as_demonstrations, check_lengths, check_references, leading
 from rlhf_cli.data.text import render, response_ids
 from rlhf_cli.engine.comm import Comm
 from rlhf_cli.engine.deepspeed import DeepSpeedEngine, Frozen, Setup
-from rlhf_cli.engine.following import Follower
-from rlhf_cli.models import fused, loading, packing, soup
+from rlhf_cli.models import fused, loading, packing
 from rlhf_cli.models.heads import PolicyHead, ScalarHead, inner
-from rlhf_cli.models.lora import add_lora, reference_disabled
+from rlhf_cli.models.lora import add_lora
 from rlhf_cli.pipeline import make_pipeline
 from rlhf_cli.plan import Plan, learner_sections, validate
 from rlhf_cli.rewards.make import make_scorer
 from rlhf_cli.rollout.backends import backend
-from rlhf_cli.rollout.masking import Mask
 from rlhf_cli.rollout.sampler import Sampler
 from rlhf_cli.sources.assemble import rows, sample_of
 from rlhf_cli.sources.recorded import Recorded
@@ -68,13 +66,13 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
     packing.register()
     sections = learner_sections(cfg)
     heads = {name: make_head(cfg, section, comm, plan) for name, section in sections.items()}
-    readers = make_readers(cfg, heads, plan, comm)
+    read_only = make_readers(cfg, heads, plan, comm)
     scorable = plan.learners.get("policy") == "policy" and can_score(cfg, heldout)
     actor = make_actor(cfg, heads, plan, comm) if sampled or scorable else None
     engines = {name: DeepSpeedEngine(name, head, setup_of(cfg, sections[name]), comm) for name, head in heads.items()}
-    followers = make_followers(cfg, readers, engines)
+    followers = readers.followers(cfg, read_only, engines)
     sampler, publish = make_sampler(cfg, actor, tokenizer, comm, engines.get("policy"), record.count)
-    mask_sampler(cfg, sampler, readers, tokenizer)
+    readers.mask_sampler(cfg, sampler, read_only, tokenizer)
     if sampled:
         assert sampler is not None
         rest = getattr(sampler, "rest", _nothing)  # an engine that gives its memory back while the learner trains
@@ -98,7 +96,7 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
     run = Run(
         source=source,
         score=score,
-        annotate=stages.annotating(annotations(plan, engines, readers)),
+        annotate=stages.annotating(annotations(plan, engines, read_only)),
         engines=engines,
         **vars(pipeline),
         check=checks,
@@ -106,20 +104,18 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
         record=record,
         start=0,
         steps=cfg.steps,
-        follow=partial(follow_all, list(followers.values())),
+        follow=partial(readers.follow, list(followers.values())),
     )
     for name, (_, part) in (scorer.scorers if scorer is not None else {}).items():
         build.keep(f"reward.{name}", part)
     state = {"source": source, "constant_reward": checks.constant, **build.state, **followers}
     eval_scorer = scorer if sampled else make_scorer(cfg) if scorable else None
     probe = partial(probe_rows, encoded=encoded[:2], records=train[:2])
-    own = [id(head) for head in heads.values()]
-    others = [r.module for r in readers.values() if id(r.module) not in own]
     return run, Parts(
         plan=plan,
         tokenizer=tokenizer,
         engines=engines,
-        heads=[*heads.values(), *others],
+        heads=[*heads.values(), *(r.module for r in read_only.values())],
         sampler=sampler,
         eval_scorer=eval_scorer,
         probe=probe,
@@ -267,73 +263,16 @@ def temperature_of(cfg: Any, plan: Plan) -> float:
 
 
 def make_readers(cfg: Any, heads: Mapping[str, nn.Module], plan: Plan, comm: Comm) -> dict[str, Frozen]:
-    """Models that are only read, by name: the reference behind `ref_logp`, and those of the configuration's `frozen`."""
-    setup, m = setup_of(cfg, None), cfg.model
-    made = {
-        name: Frozen(make_reader(cfg, heads, plan, comm, section.path), setup, comm)
-        for name, section in cfg.frozen.items()
-    }
-    if "ref_logp" not in plan.annotate:
-        return made
-    if m.lora.r and "policy" in heads and not m.refresh.every:
-        own: Any = heads["policy"]
-        return {"reference": Frozen(own, setup, comm, around=lambda: reference_disabled(own.model)), **made}
-    path = frozen.INITIAL if m.reference == "auto" else m.reference
-    return {"reference": Frozen(make_reader(cfg, heads, plan, comm, path), setup, comm), **made}
+    """Models that are only read, by name."""
 
+    def head_of(model: Any) -> nn.Module:
+        model.to(comm.device)
+        prepare(model, checkpointing=False)
+        head = PolicyHead(model, temperature=temperature_of(cfg, plan), packing=cfg.model.packing)
+        return head.eval().requires_grad_(False)
 
-def make_reader(cfg: Any, heads: Mapping[str, nn.Module], plan: Plan, comm: Comm, path: str) -> nn.Module:
-    """A language model that is only read: the policy before training, a soup, or another model."""
-    if path == frozen.INITIAL and "policy" in heads:
-        head: Any = heads["policy"]
-        fixed = [] if cfg.hardware.zero == 3 else [p for p in head.parameters() if not p.requires_grad]
-        return (
-            copy.deepcopy(head, {id(p): p for p in fixed}).eval().requires_grad_(False)
-        )  # weights under adapters are shared
-    how = {"dtype": dtype_of(cfg), "seed": cfg.seed}
-    if path == frozen.SOUP:
-        mix = cfg.model.soup
-        model = soup.averaged(cfg.model, elsewhere(cfg.model, mix.path), mix.weight, **how)
-    else:
-        model = loading.load_causal(cfg.model if path == frozen.INITIAL else elsewhere(cfg.model, path), **how)
-    model.to(comm.device)
-    prepare(model, checkpointing=False)
-    head = PolicyHead(model, temperature=temperature_of(cfg, plan), packing=cfg.model.packing)
-    return head.eval().requires_grad_(False)
-
-
-def elsewhere(cfg_model: Any, path: str) -> Any:
-    """The model section with another path."""
-    made = copy.deepcopy(cfg_model)
-    made.path, made.source, made.revision = path, "auto", ""
-    return made
-
-
-def make_followers(
-    cfg: Any, readers: Mapping[str, Frozen], engines: Mapping[str, DeepSpeedEngine]
-) -> dict[str, Follower]:
-    """What brings the policy's weights to models that follow it, by the models' names; checkpointed."""
-    refreshes = {"reference": cfg.model.refresh, **{name: section.refresh for name, section in cfg.frozen.items()}}
-    return {
-        f"frozen.{name}": Follower(name, readers[name].module, engines["policy"], every=r.every, decay=r.decay)
-        for name, r in refreshes.items()
-        if r.every and name in readers
-    }
-
-
-def follow_all(followers: Sequence[Follower], step: int) -> None:
-    """Every model that follows the policy, after a step."""
-    for follow in followers:
-        follow(step)
-
-
-def mask_sampler(cfg: Any, sampler: Any, readers: Mapping[str, Frozen], tokenizer: Any) -> None:
-    """Let the sampler draw what `rollout.mask` allows only."""
-    m = cfg.rollout.mask
-    if m.model and sampler is not None:
-        model: Any = readers[m.model].module.model
-        special = [*tokenizer.all_special_ids, *sampler.eos]
-        sampler.mask = Mask(model, top_p=m.top_p, min_tokens=m.min_tokens, special=special)
+    wants_reference = "ref_logp" in plan.annotate
+    return readers.make(cfg, heads, wants_reference, head_of, dtype_of(cfg), setup_of(cfg, None), comm)
 
 
 def setup_of(cfg: Any, section: Any) -> Setup:
@@ -347,16 +286,16 @@ def setup_of(cfg: Any, section: Any) -> Setup:
 
 
 def annotations(
-    plan: Plan, engines: Mapping[str, DeepSpeedEngine], readers: Mapping[str, Frozen]
+    plan: Plan, engines: Mapping[str, DeepSpeedEngine], read_only: Mapping[str, Frozen]
 ) -> dict[str, tuple[Any, str]]:
     """Columns filled from models: name -> (model, its output)."""
     critic = next((engines[n] for n, head in plan.learners.items() if head == "value"), None)
     makers = {
         "old_logp": (engines.get("policy"), "logp"),
-        "ref_logp": (readers.get("reference"), "logp"),
+        "ref_logp": (read_only.get("reference"), "logp"),
         "full_logp": (engines.get("policy"), "full_logp"),
         "value": (critic, "value_new"),
-        **{frozen.column(name): (reader, "logp") for name, reader in readers.items()},
+        **{frozen.column(name): (reader, "logp") for name, reader in read_only.items()},
     }
     return {c: makers[c] for c in plan.annotate}
 

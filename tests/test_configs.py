@@ -70,6 +70,8 @@ def words_of(group: str, name: str) -> list[str]:
         return [f"select={name}", f"algo={'dpo' if 'pairs' in name or 'worst' in name else 'grpo'}"]
     if group == "shaping" and name.partition("_")[0] in ("kl", "adaptive"):
         return [f"shaping={name}", "credit=group_norm_to_go"]
+    if (group, name) == ("shaping", "implicit_dpo"):
+        return ["shaping=implicit_dpo", "algo=ppo", "frozen.dpo.path=RUN"]
     if (group, name) == ("rollout", "greedy"):  # equal samples are refused in training; recorded rows need none
         return ["rollout=greedy", "algo=sft"]
     if (group, name) == ("rollout", "vllm") and not importlib.util.find_spec("vllm"):
@@ -92,6 +94,10 @@ def term_words(group: str, name: str) -> list[str]:
     takes = set(sig.columns)
     if "score_new" in takes:
         base, learner = ["algo=reward_model", *PAIRS], "reward"
+    elif "score" in takes:
+        base, learner = ["algo=dpo"] if "pairs" in takes else ["algo=ppo"], "policy"
+    elif "label" in takes:
+        base, learner = ["algo=sft", "dataset=rankings", "dataset.path=DATA"], "policy"
     elif "pairs" in takes:
         base, learner = ["algo=dpo", *PAIRS], "policy"
     else:

@@ -7,7 +7,6 @@ arXiv:2203.05482. It means something only for fine-tunes of one base model, and 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from rlhf_cli.models import loading
 from rlhf_cli.models.export import export
 
 # Of a model's config, what does not change what its weights mean.
-NEUTRAL = {"_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache", "architectures", "pad_token_id", "id2label", "label2id"}  # fmt: skip
+NEUTRAL = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache", "pad_token_id")
 USAGE = "rlhf merge A B --output DIR [--weight 0.5] [--dtype fp32|bf16]"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -154,34 +153,44 @@ def _is_scalar(section: ModelSection) -> bool:
 
 def _asked(words: Sequence[str]) -> tuple[tuple[str, str], float, Path, str]:
     """The two models, the weight, the folder and the precision."""
-    settings, models = {"weight": "0.5", "output": "", "dtype": "fp32"}, []
-    queue = list(words)
-    while queue:
-        word = queue.pop(0)
-        name, equals, value = word.lstrip("-").partition("=")
-        if word.startswith("--") and name in settings:
-            if not equals and not queue:
-                raise ConfigError(f"merge: {word} needs a value; type {USAGE}")
-            settings[name] = value if equals else queue.pop(0)
-        elif word.startswith("-"):
-            raise ConfigError(f"merge: {word}: no such option; type {USAGE}")
-        else:
-            models.append(word)
+    models, settings = _split(words)
     if len(models) != 2:
         raise ConfigError(f"merge: takes two models, got {len(models)}; type {USAGE}")
     try:
         weight = float(settings["weight"])
     except ValueError:
         weight = -1.0
-    if not 0 <= weight <= 1:
-        raise ConfigError(f"merge: --weight {settings['weight']}: B's share is a number from 0 to 1")
-    if settings["dtype"] not in DTYPES:
-        raise ConfigError(f"merge: --dtype {settings['dtype']}: choose one of {', '.join(DTYPES)}")
-    if not settings["output"]:
-        raise ConfigError(f"merge: where to? type {USAGE}")
-    folder = Path(settings["output"]).expanduser()
+    for wrong, message in (
+        (not 0 <= weight <= 1, f"--weight {settings['weight']}: B's share is a number from 0 to 1"),
+        (settings["dtype"] not in DTYPES, f"--dtype {settings['dtype']}: choose one of {', '.join(DTYPES)}"),
+        (not settings["output"], f"where to? type {USAGE}"),
+    ):
+        if wrong:
+            raise ConfigError(f"merge: {message}")
+    return (models[0], models[1]), weight, _empty(Path(settings["output"]).expanduser()), settings["dtype"]
+
+
+def _split(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Models, and settings by name."""
+    models, settings, queue = [], {"weight": "0.5", "output": "", "dtype": "fp32"}, list(words)
+    while queue:
+        word = queue.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("-"):
+            models.append(word)
+        elif name not in settings:
+            raise ConfigError(f"merge: {word}: no such option; type {USAGE}")
+        elif not equals and not queue:
+            raise ConfigError(f"merge: {word} needs a value; type {USAGE}")
+        else:
+            settings[name] = value if equals else queue.pop(0)
+    return models, settings
+
+
+def _empty(folder: Path) -> Path:
+    """A folder that may be written: one that does not exist, or an empty one, which goes."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"merge: --output {folder} exists and is not empty; choose another folder, or remove it")
     if folder.is_dir():
-        shutil.rmtree(folder)
-    return (models[0], models[1]), weight, folder, settings["dtype"]
+        folder.rmdir()
+    return folder

@@ -95,7 +95,7 @@ def best(p: Tensor, top_p: float, least: int) -> Tensor:
     order = p.topk(k, -1)
     mass = order.values.cumsum(-1, dtype=torch.float64)
     if k < vocabulary and bool((mass[:, -1] <= top_p).any()):
-        order = p.sort(-1, descending=True, stable=True)
+        order = p.sort(dim=-1, descending=True, stable=True)
         mass = order.values.cumsum(-1, dtype=torch.float64)
     before = F.pad(mass[:, :-1], (1, 0))
     kept = (before <= top_p) | (torch.arange(mass.shape[-1], device=p.device) < least)
