@@ -22,6 +22,7 @@ OPTIONS = [(group, name) for group, found in catalog.groups().items() for name i
 SHAPE_FITS = {"prompts": "grpo", "pairs": "dpo", "rankings": "dpo", "demonstrations": "sft"}
 NEEDS_PATH = {"rlhf_cli.rewards.model.Model", "rlhf_cli.rewards.python.Python"}
 REQUIRED = {
+    **dict.fromkeys(("judge", "judge_anchor", "judge_listwise", "judge_pairwise"), "judge.backend=rule"),
     "model": "reward.model.path=RUN",
     "python": "reward.python.path=mine.py:score",
     "regex": "reward.regex.pattern=x",
