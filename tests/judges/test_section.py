@@ -40,8 +40,8 @@ def test_nobody_judges() -> None:
             "judge.backend=opnai: unknown; choose one of openai, transformers, rule; did you mean 'openai'?",
         ),
         (
-            ("judge.backend=rule", "judge.model=lenght"),
-            "judge.model=lenght: unknown; choose one of hash, length; did you mean 'length'?",
+            ("judge.backend=rule", "judge.model=hsah"),
+            "judge.model=hsah: unknown; choose one of hash, length; did you mean 'hash'?",
         ),
     ],
 )
