@@ -29,7 +29,7 @@ def keep(exp: Experience) -> Experience:
     return exp
 
 
-def _ignore(_: Any) -> None:
+def _ignore(*_: Any) -> None:
     pass
 
 
@@ -82,9 +82,8 @@ def first_reason(scores: Scores, samples: Sequence[Sample]) -> str:
 
 
 def score_sharded(scorer: Scorer, exp: Experience, comm: Comm) -> Scores:
-    """Every rank scores its share of the groups; all get all scores."""
-    names = torch.unique(exp.group)
-    own = torch.isin(exp.group, names[comm.rank :: comm.world]).nonzero().flatten()
+    """Every rank scores its share of the groups, linked ones together; all get all scores."""
+    own = (scored_by(exp.samples, exp.group, comm.world) == comm.rank).nonzero().flatten()
     part = scorer([exp.samples[i] for i in own.tolist()], exp.group[own]) if len(own) else None
     gathered = comm.gather((own, part))
     value, missing = torch.zeros(len(exp)), torch.zeros(len(exp), dtype=torch.bool)
@@ -109,6 +108,15 @@ def score_sharded(scorer: Scorer, exp: Experience, comm: Comm) -> Scores:
     return Scores(value, missing, components, reasons=reasons, timing=timing)
 
 
+def scored_by(samples: Sequence[Sample], group: Tensor, world: int) -> Tensor:
+    """[N] the rank that scores each row: ranks in turn take whole groups, or groups that share a link."""
+    names, which = torch.unique(group, return_inverse=True)
+    link = dict(zip(which.tolist(), (s.link for s in samples), strict=True))
+    turn: dict[Any, int] = {}
+    ranks = [turn.setdefault(link[g] or g, len(turn)) % world for g in range(len(names))]
+    return torch.tensor(ranks, dtype=torch.int64)[which]
+
+
 def shuffled(score: Stage, seed: int) -> Stage:
     """Deal every step's scores to other rows at random: a run that must not learn."""
 
@@ -127,6 +135,7 @@ def selecting(rule: Callable[..., Selection], count: Callable[[Mapping[str, floa
 
     def select(exp: Experience) -> Experience:
         chosen = call(rule, exp)
+        told(rule, count, "select")
         count({"rows_before": float(len(exp)), **chosen.stats})
         if chosen.keep is not None:
             exp = exp.rows(chosen.keep)
@@ -146,7 +155,7 @@ def annotating(columns: Mapping[str, tuple[Inferable, str]]) -> Stage:
     return annotate
 
 
-def shaping(shapers: Sequence[Callable[..., Tensor]]) -> Stage:
+def shaping(shapers: Sequence[Callable[..., Tensor]], count: Callable[..., None] = _ignore) -> Stage:
     """A shaper that returns [N] replaces `score`; one that returns [N, T] is added to `reward`. The score lands on the last trained token."""
 
     def shape(exp: Experience) -> Experience:
@@ -155,6 +164,7 @@ def shaping(shapers: Sequence[Callable[..., Tensor]]) -> Stage:
         dense = torch.zeros(exp.ids.shape)
         for fn in shapers:
             out = call(fn, exp)
+            told(fn, count, "shaping")
             if out.ndim == 1:
                 exp = replace(exp, score=out)
             else:
@@ -164,13 +174,21 @@ def shaping(shapers: Sequence[Callable[..., Tensor]]) -> Stage:
     return shape
 
 
-def crediting(rule: Callable[..., Any], limit: float) -> Stage:
+def told(fn: Any, count: Callable[..., None], stage: str) -> None:
+    """Report what an object with `stats` found in its last call."""
+    stats = getattr(fn, "stats", None)
+    if stats:
+        count(stats, stage)
+
+
+def crediting(rule: Callable[..., Any], limit: float, count: Callable[..., None] = _ignore) -> Stage:
     """Advantages from rewards; refuse magnitudes above `limit`."""
 
     def credit(exp: Experience) -> Experience:
         if not len(exp):
             return exp
         found = call(rule, exp)
+        told(rule, count, "credit")
         largest = float(found.advantage.abs().max())
         if not largest <= limit:
             raise GateError(
