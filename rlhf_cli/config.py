@@ -209,9 +209,7 @@ class JudgeSection:
     url: str = ""  # base URL of the endpoint, e.g. http://127.0.0.1:8000/v1
     model: str = ""  # openai: its name there; transformers: a folder, a run, a Hub id or smollm2; rule: hash | length
     meta_model: str = ""  # openai: the one that rewrites rubrics; empty: model
-    key_env: str = (
-        "OPENAI_API_KEY"  # name of the environment variable that holds the key; the key itself stands nowhere
-    )
+    key_env: str = "OPENAI_API_KEY"  # environment variable that holds the key, which stands nowhere else
     concurrency: int = 16  # requests at a time, per rank
     timeout: float = 60.0  # seconds per request
     retries: int = 5  # further attempts after a time-out, a lost connection, status 429 or 5xx, with growing pauses
