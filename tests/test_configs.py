@@ -36,6 +36,12 @@ REQUIRED = {
 }
 
 
+FITTING = {
+    ("shaping", "implicit_dpo"): ["algo=ppo", "frozen.dpo.path=RUN"],
+    ("rollout", "greedy"): ["algo=sft"],  # equal samples are refused in training; recorded rows need none
+}
+
+
 def nodes(section: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every node with a target below `section`, and where it stands."""
     if isinstance(section, dict):
@@ -71,10 +77,8 @@ def words_of(group: str, name: str) -> list[str]:
         return [f"select={name}", f"algo={'dpo' if 'pairs' in name or 'worst' in name else 'grpo'}"]
     if group == "shaping" and name.partition("_")[0] in ("kl", "adaptive"):
         return [f"shaping={name}", "credit=group_norm_to_go"]
-    if (group, name) == ("shaping", "implicit_dpo"):
-        return ["shaping=implicit_dpo", "algo=ppo", "frozen.dpo.path=RUN"]
-    if (group, name) == ("rollout", "greedy"):  # equal samples are refused in training; recorded rows need none
-        return ["rollout=greedy", "algo=sft"]
+    if (group, name) in FITTING:
+        return [f"{group}={name}", *FITTING[group, name]]
     if (group, name) == ("rollout", "vllm") and not importlib.util.find_spec("vllm"):
         pytest.skip("vLLM IS NOT INSTALLED: type make vllm")
     if group == "source":
