@@ -37,6 +37,7 @@ class BatchSection:
     samples: int = 8  # responses per prompt
     epochs: int = 1  # passes over a step's rows
     minibatches: int = 1  # optimizer steps per pass; whole groups each
+    resample: int = 1  # rollouts a step may take until batch.prompts groups survive select; 1: it is smaller then
 
 
 @dataclass

@@ -37,6 +37,7 @@ class Plan:
     learners: dict[str, str] = field(default_factory=dict)  # trained model -> head
     models: dict[str, str] = field(default_factory=dict)  # loaded model -> why
     annotate: tuple[str, ...] = ()  # columns filled from models
+    greedy: bool = False  # a greedy response to every prompt is scored as its baseline
     notes: list[str] = field(default_factory=list)
 
 
@@ -143,6 +144,8 @@ def _why_absent(cfg: Any, plan: Plan, column: str, learner: str) -> str:
         return f"learner {learner!r} has no score head: set learners.{learner}.head=score"
     if column in ("advantage", "returns"):
         return "no credit rule gives it: type credit=group_norm (rlhf list credit)"
+    if column == "baseline":
+        return "it is the score of a greedy response, and recorded rows have none: type source=sampled"
     if column == "behavior_logp":
         return "recorded rows were not drawn by this policy: type source=sampled"
     if column in ("label", "margin", "pair_weight"):
@@ -280,6 +283,11 @@ def _annotate(cfg: Any, plan: Plan, have: set[str], wanted: frozenset[str]) -> N
             filled.append("old_logp")
         else:
             plan.notes.append("old_logp is the update's own log-prob: one update per rollout is on-policy")
+    if "baseline" in wanted and plan.source == "sampled":
+        have.add("baseline")
+        plan.greedy = True
+        does = "the score of a greedy response to every prompt, which is not trained"
+        plan.stages.append(Stage("baseline", does, frozenset({"score"}), ("baseline",)))
     if "ref_logp" in wanted and policy:
         have.add("ref_logp")
         filled.append("ref_logp")

@@ -27,6 +27,7 @@ from rlhf_cli.rollout.backends import backend
 from rlhf_cli.rollout.sampler import Sampler
 from rlhf_cli.sources.assemble import rows, sample_of
 from rlhf_cli.sources.recorded import Recorded
+from rlhf_cli.sources.resampled import Resampled
 from rlhf_cli.sources.sampled import Sampled
 from rlhf_cli.state import Builder
 from rlhf_cli.types import Experience, Run, Scorer
@@ -76,7 +77,7 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
         rest = getattr(sampler, "rest", _nothing)  # an engine that gives its memory back while the learner trains
         source: Any = Sampled(
             train, encoded, sampler, publish, comm, prompts=cfg.batch.prompts, samples=cfg.batch.samples, seed=cfg.seed,
-            begin=scorer.begin if scorer is not None else None, rest=rest,
+            greedy=plan.greedy, begin=scorer.begin if scorer is not None else None, rest=rest,
         )  # fmt: skip
     else:
         answers = encode_answers(train, tokenizer, cfg)
@@ -88,15 +89,20 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
         )
 
     checks = make_gates(cfg, sampler)
-    score = make_scoring(cfg, scorer, comm, checks, record)
+    score = make_scoring(cfg, plan, scorer, comm, checks, record)
     build = Builder(cfg.allow_targets)
     pipeline = make_pipeline(cfg, plan, build, record.count)
+    stages_of = vars(pipeline) | {"score": score}
+    if cfg.batch.resample > 1 and sampled:
+        source = Resampled(
+            source, score, pipeline.select, prompts=cfg.batch.prompts, rounds=cfg.batch.resample, count=record.count, phase=record.phase
+        )  # fmt: skip
+        stages_of |= {"score": stages.keep, "select": stages.keep}
     run = Run(
         source=source,
-        score=score,
         annotate=stages.annotating(annotations(plan, engines, reference)),
         engines=engines,
-        **vars(pipeline),
+        **stages_of,
         check=checks,
         after=lambda step: False,
         record=record,
@@ -305,13 +311,16 @@ def annotations(
 # -- rewards, updates --------------------------------------------------------------------------------------------------
 
 
-def make_scoring(cfg: Any, scorer: Scorer | None, comm: Comm, checks: gates.Gates, record: Any) -> stages.Stage:
+def make_scoring(
+    cfg: Any, plan: Plan, scorer: Scorer | None, comm: Comm, checks: gates.Gates, record: Any
+) -> stages.Stage:
     """The stage that scores a step."""
     if scorer is None:
         return stages.keep
     count = partial(record.count, stage="component")
     score = stages.scoring(scorer, comm, cfg.gates.failures, checks.reward, count, record.note)
-    return stages.shuffled(score, cfg.seed) if cfg.debug.get("shuffled_reward") else score
+    score = stages.shuffled(score, cfg.seed) if cfg.debug.get("shuffled_reward") else score
+    return stages.baselined(score, record.count) if plan.greedy else score
 
 
 def check_invariance(engine: DeepSpeedEngine, exp: Experience, want: str, limit: float, rows: int = 4) -> float:

@@ -61,7 +61,7 @@ def words_of(group: str, name: str) -> list[str]:
     if group == "credit":
         return [
             f"credit={name}",
-            f"algo={'ppo' if name == 'gae' else 'sft' if name == 'none' else 'grpo'}",
+            f"algo={'ppo' if name.startswith('gae') else 'sft' if name == 'none' else 'grpo'}",
             *reader(name),
         ]
     if group == "select":
