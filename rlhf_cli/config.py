@@ -128,7 +128,7 @@ class DatasetSection:
     path: str = ""  # file (train split), or Hub id
     heldout: str = ""  # file, or Hub split, of the held-out records; empty: `heldout_fraction` of the train records
     heldout_fraction: float = 0.1  # cut off by a hash of the prompt, so that it never depends on order or seed
-    name: str = ""  # Hub configuration
+    name: str = ""  # Hub configuration, or the data set of format=packaged (empty: quickstart)
     split: str = "train"  # Hub split
     revision: str = ""  # Hub revision
     shape: str = "prompts"  # prompts | pairs | rankings | thumbs | demonstrations

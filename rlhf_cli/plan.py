@@ -190,6 +190,10 @@ def _scorers(cfg: Any, plan: Plan, have: set[str]) -> None:
             raise ConfigError(
                 f"reward={name} compares with references, and this dataset maps none; type dataset.columns.references=COLUMN, or another reward"
             )
+        if sig.flags.get("needs_links") and "link" not in _dataset_gives(cfg):
+            raise ConfigError(
+                f"reward={name} compares the answers to linked prompts, and this dataset links none; type dataset.columns.link=COLUMN"
+            )
         if "path" in sig.params and not node.get("path"):
             raise ConfigError(
                 f"reward.{name}.path is empty; type reward.{name}.path={sig.flags.get('path_is', 'FILE')}"

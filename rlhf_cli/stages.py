@@ -74,9 +74,8 @@ def first_reason(scores: Scores, samples: Sequence[Sample]) -> str:
 
 
 def score_sharded(scorer: Scorer, exp: Experience, comm: Comm) -> Scores:
-    """Every rank scores its share of the groups; all get all scores."""
-    names = torch.unique(exp.group)
-    own = torch.isin(exp.group, names[comm.rank :: comm.world]).nonzero().flatten()
+    """Every rank scores its share of the groups, linked ones together; all get all scores."""
+    own = (scored_by(exp.samples, exp.group, comm.world) == comm.rank).nonzero().flatten()
     part = scorer([exp.samples[i] for i in own.tolist()], exp.group[own]) if len(own) else None
     gathered = comm.gather((own, part))
     value, missing = torch.zeros(len(exp)), torch.zeros(len(exp), dtype=torch.bool)
@@ -114,6 +113,15 @@ def baselined(score: Stage, count: Callable[[Mapping[str, float]], None] = _igno
         return exp.rows((kept & same.any(-1)).nonzero().flatten())
 
     return stage
+
+
+def scored_by(samples: Sequence[Sample], group: Tensor, world: int) -> Tensor:
+    """[N] the rank that scores each row: ranks in turn take whole groups, or groups that share a link."""
+    names, which = torch.unique(group, return_inverse=True)
+    link = dict(zip(which.tolist(), (s.link for s in samples), strict=True))
+    turn: dict[Any, int] = {}
+    ranks = [turn.setdefault(link[g] or g, len(turn)) % world for g in range(len(names))]
+    return torch.tensor(ranks, dtype=torch.int64)[which]
 
 
 def shuffled(score: Stage, seed: int) -> Stage:

@@ -26,6 +26,7 @@ NEEDS_PATH = {
     "rlhf_cli.rewards.perplexity.Perplexity",
 }
 REQUIRED = {
+    "co_reward": "dataset=rephrased",
     "model": "reward.model.path=RUN",
     "python": "reward.python.path=mine.py:score",
     "regex": "reward.regex.pattern=x",
@@ -46,12 +47,13 @@ def nodes(section: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
 def words_of(group: str, name: str) -> list[str]:
     """A command line around one option, with a recipe and records that fit it."""
     if group == "dataset":
-        raw = compose("train", [f"dataset={name}", "dataset.path=DATA"] if name != "quickstart" else [], None)
+        given = [] if "format: packaged" in catalog.groups()[group][name].path.read_text() else ["dataset.path=DATA"]
+        raw = compose("train", [f"dataset={name}", *given], None)
         fit = SHAPE_FITS.get(raw.dataset.shape, "sft")
         return [
             f"dataset={name}",
             f"algo={fit}",
-            *(["dataset.path=DATA"] if name != "quickstart" else []),
+            *given,
             "reward=length",
         ]
     if group in ("objective", "reduce"):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rlhf_cli.data.record import Record
+from rlhf_cli.data.record import Record, check_links, units
 from rlhf_cli.engine.comm import Comm
 from rlhf_cli.rollout.sampler import Decoding, Sampler
 from rlhf_cli.sources.assemble import Order, align, rows, sample_of, texts_of
@@ -59,12 +59,14 @@ class Sampled:
         self.records, self.encoded, self.sampler, self.comm = records, encoded, sampler, comm
         self.prompts, self.samples, self.seed = prompts, samples, seed
         self._greedy, self._publish, self._begin, self._rest = greedy, publish, begin, rest
-        self._order = Order(len(records), seed)
+        check_links(records, prompts)
+        self._units = units(records)  # linked records are drawn in one step
+        self._order = Order(len(self._units), seed)
         self.version = 0
         self._drawn = 0  # prompts drawn at this version: a further rollout of a step has other random numbers
 
     def __next__(self) -> Experience:
-        chosen = self._order.take(self.prompts)
+        chosen = self._take()
         at = range(self._drawn, self._drawn + self.prompts)
         self._drawn += self.prompts
         best = self._best(chosen, at) if self._greedy else None
@@ -79,6 +81,11 @@ class Sampled:
         if best is None:
             return exp
         return replace(exp, greedy=(torch.arange(len(exp)) % (self.samples + 1)) == self.samples)
+
+    def _take(self) -> list[int]:
+        """The records of the next step, linked ones side by side."""
+        size = len(self._units[0]) if self._units else 1
+        return [i for u in self._order.take(self.prompts // size) for i in self._units[u]]
 
     def _best(self, chosen: Sequence[int], at: Sequence[int]) -> Drawn:
         """The greedy response to each prompt."""
