@@ -2,11 +2,12 @@
 
 from rlhf_cli.shaping.adaptive_kl import AdaptiveKL
 from rlhf_cli.shaping.kl import sequence_kl, token_kl
-from rlhf_cli.shaping.score import clip, overlong, scale
+from rlhf_cli.shaping.score import clip, missing_eos, overlong, scale
 
 __all__ = [
     "AdaptiveKL",
     "clip",
+    "missing_eos",
     "overlong",
     "scale",
     "sequence_kl",
