@@ -146,7 +146,7 @@ def _why_absent(cfg: Any, plan: Plan, column: str, learner: str) -> str:
             else "recorded rows have no score: type source=sampled"
         )
     if column in ("value", "value_new"):
-        return "no critic in updates: add a learner with head=value, as algo=ppo does, or set learners.policy.head=policy_value"
+        return "no critic in updates: add a learner with head=value, as algo=ppo does"
     if column == "score_new":
         return f"learner {learner!r} has no score head: set learners.{learner}.head=score"
     if column in ("advantage", "returns"):

@@ -9,9 +9,11 @@ gradient's fixed points and reaches them at one rate.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,6 +58,12 @@ COMMON = (
     "model=tiny_random", "dataset=quickstart", "reward=length", "tracker=none", "hardware.device=cpu", "hardware.precision=fp32",
     "rollout.temperature=1", "rollout.max_tokens=2", "optim.schedule=linear", "batch.samples=2",
 )  # fmt: skip
+
+
+def rows() -> list[Row]:
+    """Every row of the `rows_*.py` files beside this one, each of which has a list ROWS."""
+    files = sorted(Path(__file__).parent.glob("rows_*.py"))
+    return [row for path in files for row in importlib.import_module(path.stem).ROWS]
 
 
 def land(row: Row, env: Env, seed: int = 0) -> Law:

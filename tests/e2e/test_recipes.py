@@ -28,7 +28,8 @@ from rlhf_cli.launch.local import prepare
 RECIPES = [f"{group}={name}" for group in ("algo", "experiment") for name in sorted(catalog.groups().get(group, {}))]
 # Two processes at ZeRO-3 for one of each kind of learner; the others shard nothing.
 ZERO3 = ("algo=ppo", "algo=ppo_shared")
-SMALL = ("reward_workers.processes=-1", "optim.lr=1e-4", "checkpoint.export=true")
+# A small learning rate: the order of sums moves last bits, and an update of 1e-4 would let the second step draw other tokens.
+SMALL = ("reward_workers.processes=-1", "optim.lr=1e-6", "checkpoint.export=true")
 LIMIT = 300  # seconds that a pair of processes may take for one recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("recipes")]
@@ -126,7 +127,7 @@ def nearly_same(one: Path, two: Path) -> None:
     assert first.keys() == second.keys()
     for key, value in first.items():
         away = float((value.float() - second[key].float()).abs().max())
-        assert torch.isfinite(value).all() and away < 5e-4, f"{key} differs by {away}"  # a few steps of lr 1e-4
+        assert torch.isfinite(value).all() and away < 5e-5, f"{key} differs by {away}"
 
 
 def close(a: object, b: object) -> bool:
