@@ -107,8 +107,10 @@ class Table:
         self.contexts = list(env.reference)
         probabilities = torch.tensor([env.reference[c] for c in self.contexts], dtype=torch.float64)
         self.theta = probabilities.log().requires_grad_()  # [C, V]
-        self.value = torch.zeros(len(self.contexts), dtype=torch.float64, requires_grad=True)  # [C]
-        self._context = self._contexts()
+        self._context = self._contexts(env.context, self.contexts)
+        prefixes = sorted({y[:t] for y in env.reward for t in range(len(y))})
+        self._prefix = self._contexts(str, prefixes)  # a critic sees the whole prefix, whatever the policy sees
+        self.value = torch.zeros(len(prefixes), dtype=torch.float64, requires_grad=True)
 
     def law(self) -> Law:
         """Probability of each response."""
@@ -120,14 +122,14 @@ class Table:
         """[N, T] context of every token; 0 outside the mask."""
         return self._context[_code(exp.ids, exp.mask)]
 
-    def _contexts(self) -> Tensor:
-        """[codes, T] context of every token of the response with this code."""
+    def _contexts(self, seen: Callable[[str], str], names: Sequence[str]) -> Tensor:
+        """[codes, T] for the response with this code: the number of what is seen before every token."""
         width = max(map(len, self.env.reward))
         found = torch.zeros(3**width, width, dtype=torch.int64)
         for y in self.env.reward:
             mask = torch.arange(width) < len(y)
             ids = torch.tensor([int(c) for c in y.ljust(width, "0")])
-            places = [self.contexts.index(self.env.context(y[:t])) for t in range(len(y))]
+            places = [names.index(seen(y[:t])) for t in range(len(y))]
             found[_code(ids, mask)] = torch.tensor(places + [0] * (width - len(y)))
         return found
 
@@ -139,7 +141,7 @@ class Table:
         made = {
             "logp": logp[at, part.ids],
             "entropy": -(logp.exp() * logp).sum(-1)[at],
-            "value_new": self.value[at],
+            "value_new": self.value[self._prefix[_code(part.ids, part.mask)]],
         }
         return {k: torch.where(part.mask, made[k], 0.0) for k in want}
 
@@ -166,20 +168,24 @@ class Table:
         return {}
 
     def _move(self, exp: Experience, lr: float) -> None:
-        at = self.at(exp)[exp.mask]
-        visits = torch.bincount(at, minlength=len(self.contexts)).double() / exp.mask.any(-1).sum()
         with torch.no_grad():
             if self.theta.grad is not None:
                 p = self.theta.softmax(-1)
-                move = -lr * self.theta.grad / (visits[:, None] * p).clamp(min=1e-9)
+                move = -lr * self.theta.grad / (_visits(self.at(exp), exp, len(p))[:, None] * p).clamp(min=1e-9)
                 self.theta += move.clamp(-0.5, 0.5)
             if self.value.grad is not None:
-                self.value -= lr * self.value.grad / visits.clamp(min=1e-9)
+                at = self._prefix[_code(exp.ids, exp.mask)]
+                self.value -= lr * self.value.grad / _visits(at, exp, len(self.value)).clamp(min=1e-9)
 
 
 def _code(ids: Tensor, mask: Tensor) -> Tensor:
     """A number for each row of binary tokens [.., T]: its digits in base 3, 0 where there is no token."""
     return (torch.where(mask, ids + 1, 0) * 3 ** torch.arange(ids.shape[-1])).sum(-1)
+
+
+def _visits(at: Tensor, exp: Experience, n: int) -> Tensor:
+    """How often each of n contexts is met, per row."""
+    return torch.bincount(at[exp.mask], minlength=n).double() / exp.mask.any(-1).sum()
 
 
 class Systematic:

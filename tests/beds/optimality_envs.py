@@ -39,6 +39,7 @@ class Env:
 
 
 MEMORYLESS = Env("memoryless", {"": (0.7, 0.3)}, {"00": 0.0, "01": 1.0, "10": 1.0, "11": 2.0}, memoryless=True)
+MANY_UPDATES = Env("many updates on one rollout", {"": (0.3, 0.7)}, MEMORYLESS.reward, memoryless=True)
 TWO_TOKENS = Env(
     "two tokens",
     {"": (0.7, 0.3), "0": (0.4, 0.6), "1": (0.9, 0.1)},

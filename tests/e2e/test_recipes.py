@@ -36,7 +36,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("recipes")]
 
 
 def words(recipe: str, name: str, folder: Path) -> list[str]:
-    return [recipe, *TINY, *SMALL, f"run.dir={folder}", f"run.name={name}"]
+    # Equal scores, which BLEU gives to random bytes, would leave whitened rounding errors to compare.
+    reward = ["reward=length"] if recipe.startswith("algo=") else []
+    return [recipe, *TINY, *SMALL, *reward, f"run.dir={folder}", f"run.name={name}"]
 
 
 @pytest.fixture(scope="module")
@@ -132,5 +134,5 @@ def nearly_same(one: Path, two: Path) -> None:
 
 def close(a: object, b: object) -> bool:
     if isinstance(a, float | int) and isinstance(b, float | int):
-        return a == pytest.approx(b, rel=2e-2, abs=2e-4, nan_ok=True)
+        return a == pytest.approx(b, rel=2e-2, abs=1e-3, nan_ok=True)
     return a == b
