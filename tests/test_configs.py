@@ -46,12 +46,14 @@ def nodes(section: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
 def words_of(group: str, name: str) -> list[str]:
     """A command line around one option, with a recipe and records that fit it."""
     if group == "dataset":
-        raw = compose("train", [f"dataset={name}", "dataset.path=DATA"] if name != "quickstart" else [], None)
+        raw = compose(
+            "train", [f"dataset={name}", *([] if name in ("quickstart", "sql") else ["dataset.path=DATA"])], None
+        )
         fit = SHAPE_FITS.get(raw.dataset.shape, "sft")
         return [
             f"dataset={name}",
             f"algo={fit}",
-            *(["dataset.path=DATA"] if name != "quickstart" else []),
+            *(["dataset.path=DATA"] if name not in ("quickstart", "sql") else []),
             "reward=length",
         ]
     if group in ("objective", "reduce"):

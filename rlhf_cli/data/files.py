@@ -21,7 +21,10 @@ def file_of(spec: Spec, part: str) -> Path | None:
     if spec.format == "hub":
         return None
     if spec.format == "packaged":
-        return Path(str(files("rlhf_cli.data").joinpath("quickstart", f"{part}.jsonl")))
+        file = Path(str(files("rlhf_cli.data").joinpath(spec.name or "quickstart", f"{part}.jsonl")))
+        if not file.is_file():
+            raise ConfigError(f"dataset.name={spec.name}: no such packaged data; type dataset.name=quickstart or sql")
+        return file
     key, typed = ("path", spec.path) if part == "train" else ("heldout", spec.heldout)
     path = Path(typed).expanduser()
     if path.is_file():
