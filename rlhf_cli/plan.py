@@ -10,6 +10,7 @@ from rlhf_cli import standins
 from rlhf_cli.checks import check_numbers
 from rlhf_cli.config import check_node, nearest
 from rlhf_cli.errors import ConfigError
+from rlhf_cli.judges.judge import check_section, describe
 from rlhf_cli.signature import Signature
 
 BASE = ("ids", "attention", "mask", "group", "version")
@@ -187,6 +188,10 @@ def _scorers(cfg: Any, plan: Plan, have: set[str]) -> None:
             raise ConfigError(
                 f"reward={name} compares with references, and this dataset maps none; type dataset.columns.references=COLUMN, or another reward"
             )
+        if sig.flags.get("needs_links") and "link" not in _dataset_gives(cfg):
+            raise ConfigError(
+                f"reward={name} compares the answers to linked prompts, and this dataset links none; type dataset.columns.link=COLUMN"
+            )
         if "path" in sig.params and not node.get("path"):
             raise ConfigError(
                 f"reward.{name}.path is empty; type reward.{name}.path={sig.flags.get('path_is', 'FILE')}"
@@ -195,6 +200,9 @@ def _scorers(cfg: Any, plan: Plan, have: set[str]) -> None:
             Stage(f"reward.{name}", f"{_short(sig)} x {float(node.get('weight', 1.0)):g}", frozenset(), ("score",))
         )
         have.add("score")
+        if sig.flags.get("asks_judge"):
+            check_section(cfg.judge)
+            plan.models["judge"] = describe(cfg.judge)
         if sig.flags.get("loads_model"):
             plan.models[f"reward.{name}"] = f"scores responses ({node['path']})"
 

@@ -29,7 +29,11 @@ def keep(exp: Experience) -> Experience:
     return exp
 
 
-def _ignore(_: Any) -> None:
+def _ignore(*_: Any) -> None:
+    pass
+
+
+def _see_nothing(samples: Any, scores: Any, comm: Any) -> None:
     pass
 
 
@@ -40,17 +44,20 @@ def scoring(
     watch: Callable[[Tensor], None],
     count: Callable[[Mapping[str, float]], None] = _ignore,
     note: Callable[[str], None] = _ignore,
+    took: Callable[[Mapping[str, float]], None] = _ignore,
 ) -> Stage:
     """Score whole groups, each on one rank, and drop the rows whose score is missing.
 
     `max_failures`: largest fraction of missing scores tolerated in a step. `watch` sees the raw scores that are there,
-    `count` how many each reward lacks, `note` the first reason.
+    `count` how many each reward lacks, `note` the first reason, `took` what the scorers spent. A scorer with `observe` is
+    shown the whole scored step on every rank, once all have scored it.
     """
 
     def score(exp: Experience) -> Experience:
         scores = score_sharded(scorer, exp, comm)
         missing = scores.missing if scores.missing is not None else torch.zeros(len(exp), dtype=torch.bool)
         count({f"{k}/missing": float(x.isnan().sum()) for k, x in scores.components.items() if "/" not in k})
+        took(scores.timing)
         first = first_reason(scores, exp.samples)
         if missing.float().mean() > max_failures:
             raise GateError(
@@ -59,6 +66,7 @@ def scoring(
             )
         if first:
             note(f"{len(scores.reasons)} of {len(exp)} responses lack a score; {first}")
+        getattr(scorer, "observe", _see_nothing)(exp.samples, scores, comm)
         exp = replace(exp, score=scores.value, components=dict(scores.components))
         exp = exp.rows((~missing).nonzero().flatten()) if missing.any() else exp
         watch(exp.score)
@@ -74,17 +82,19 @@ def first_reason(scores: Scores, samples: Sequence[Sample]) -> str:
 
 
 def score_sharded(scorer: Scorer, exp: Experience, comm: Comm) -> Scores:
-    """Every rank scores its share of the groups; all get all scores."""
-    names = torch.unique(exp.group)
-    own = torch.isin(exp.group, names[comm.rank :: comm.world]).nonzero().flatten()
+    """Every rank scores its share of the groups, linked ones together; all get all scores."""
+    own = (scored_by(exp.samples, exp.group, comm.world) == comm.rank).nonzero().flatten()
     part = scorer([exp.samples[i] for i in own.tolist()], exp.group[own]) if len(own) else None
     gathered = comm.gather((own, part))
     value, missing = torch.zeros(len(exp)), torch.zeros(len(exp), dtype=torch.bool)
     components: dict[str, Tensor] = {}
     reasons: dict[int, str] = {}
+    timing: dict[str, float] = {}
     for rows, scores in gathered:
         if scores is None:
             continue
+        for name, spent in scores.timing.items():
+            timing[name] = timing.get(name, 0.0) + spent
         if scores.spans:
             raise GateError(
                 "a reward gives spans (token rewards), and this version places values only; return one number a response"
@@ -95,7 +105,16 @@ def score_sharded(scorer: Scorer, exp: Experience, comm: Comm) -> Scores:
         reasons |= {int(rows[i]): why for i, why in scores.reasons.items()}
         for name, x in scores.components.items():
             components.setdefault(name, torch.full((len(exp),), float("nan")))[rows] = x.float()
-    return Scores(value, missing, components, reasons=reasons)
+    return Scores(value, missing, components, reasons=reasons, timing=timing)
+
+
+def scored_by(samples: Sequence[Sample], group: Tensor, world: int) -> Tensor:
+    """[N] the rank that scores each row: ranks in turn take whole groups, or groups that share a link."""
+    names, which = torch.unique(group, return_inverse=True)
+    link = dict(zip(which.tolist(), (s.link for s in samples), strict=True))
+    turn: dict[Any, int] = {}
+    ranks = [turn.setdefault(link[g] or g, len(turn)) % world for g in range(len(names))]
+    return torch.tensor(ranks, dtype=torch.int64)[which]
 
 
 def shuffled(score: Stage, seed: int) -> Stage:
@@ -116,6 +135,7 @@ def selecting(rule: Callable[..., Selection], count: Callable[[Mapping[str, floa
 
     def select(exp: Experience) -> Experience:
         chosen = call(rule, exp)
+        told(rule, count, "select")
         count({"rows_before": float(len(exp)), **chosen.stats})
         if chosen.keep is not None:
             exp = exp.rows(chosen.keep)
@@ -135,7 +155,7 @@ def annotating(columns: Mapping[str, tuple[Inferable, str]]) -> Stage:
     return annotate
 
 
-def shaping(shapers: Sequence[Callable[..., Tensor]]) -> Stage:
+def shaping(shapers: Sequence[Callable[..., Tensor]], count: Callable[..., None] = _ignore) -> Stage:
     """A shaper that returns [N] replaces `score`; one that returns [N, T] is added to `reward`. The score lands on the last trained token."""
 
     def shape(exp: Experience) -> Experience:
@@ -144,6 +164,7 @@ def shaping(shapers: Sequence[Callable[..., Tensor]]) -> Stage:
         dense = torch.zeros(exp.ids.shape)
         for fn in shapers:
             out = call(fn, exp)
+            told(fn, count, "shaping")
             if out.ndim == 1:
                 exp = replace(exp, score=out)
             else:
@@ -153,13 +174,21 @@ def shaping(shapers: Sequence[Callable[..., Tensor]]) -> Stage:
     return shape
 
 
-def crediting(rule: Callable[..., Any], limit: float) -> Stage:
+def told(fn: Any, count: Callable[..., None], stage: str) -> None:
+    """Report what an object with `stats` found in its last call."""
+    stats = getattr(fn, "stats", None)
+    if stats:
+        count(stats, stage)
+
+
+def crediting(rule: Callable[..., Any], limit: float, count: Callable[..., None] = _ignore) -> Stage:
     """Advantages from rewards; refuse magnitudes above `limit`."""
 
     def credit(exp: Experience) -> Experience:
         if not len(exp):
             return exp
         found = call(rule, exp)
+        told(rule, count, "credit")
         largest = float(found.advantage.abs().max())
         if not largest <= limit:
             raise GateError(

@@ -26,6 +26,8 @@ NEEDS_PATH = {
     "rlhf_cli.rewards.perplexity.Perplexity",
 }
 REQUIRED = {
+    **dict.fromkeys(("judge", "judge_anchor", "judge_listwise", "judge_pairwise"), "judge.backend=rule"),
+    "co_reward": "dataset=rephrased",
     "model": "reward.model.path=RUN",
     "python": "reward.python.path=mine.py:score",
     "regex": "reward.regex.pattern=x",
@@ -46,14 +48,13 @@ def nodes(section: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
 def words_of(group: str, name: str) -> list[str]:
     """A command line around one option, with a recipe and records that fit it."""
     if group == "dataset":
-        raw = compose(
-            "train", [f"dataset={name}", *([] if name in ("quickstart", "sql") else ["dataset.path=DATA"])], None
-        )
+        given = [] if "format: packaged" in catalog.groups()[group][name].path.read_text() else ["dataset.path=DATA"]
+        raw = compose("train", [f"dataset={name}", *given], None)
         fit = SHAPE_FITS.get(raw.dataset.shape, "sft")
         return [
             f"dataset={name}",
             f"algo={fit}",
-            *(["dataset.path=DATA"] if name not in ("quickstart", "sql") else []),
+            *given,
             "reward=length",
         ]
     if group in ("objective", "reduce"):
@@ -68,7 +69,7 @@ def words_of(group: str, name: str) -> list[str]:
         ]
     if group == "select":
         return [f"select={name}", f"algo={'dpo' if 'pairs' in name or 'worst' in name else 'grpo'}"]
-    if group == "shaping" and name in ("kl",):
+    if group == "shaping" and name.partition("_")[0] in ("kl", "adaptive"):
         return [f"shaping={name}", "credit=group_norm_to_go"]
     if (group, name) == ("rollout", "greedy"):  # equal samples are refused in training; recorded rows need none
         return ["rollout=greedy", "algo=sft"]

@@ -1,9 +1,11 @@
 """Shapers: an [N] result replaces the score, an [N, T] result is added to the token rewards."""
 
+from rlhf_cli.shaping.adaptive_kl import AdaptiveKL
 from rlhf_cli.shaping.kl import sequence_kl, token_kl
 from rlhf_cli.shaping.score import clip, overlong, scale
 
 __all__ = [
+    "AdaptiveKL",
     "clip",
     "overlong",
     "scale",
