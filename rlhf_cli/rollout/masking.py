@@ -107,10 +107,12 @@ def packed(allowed: Tensor) -> np.ndarray:
     return np.packbits(allowed.cpu().numpy(), axis=-1)
 
 
-def aligned(rows: Sequence[Sequence[np.ndarray]]) -> Tensor:
-    """The column `allowed` [N, S, B]: each row's sets in the order of its tokens, 0 after its end."""
-    longest, width = max(map(len, rows)), len(rows[0][0])
+def aligned(rows: Sequence[Sequence[np.ndarray] | None]) -> Tensor:
+    """The column `allowed` [N, S, B]: each row's sets in the order of its tokens, 0 after its end and where there was no mask."""
+    rows = [row or () for row in rows]
+    longest, width = max(map(len, rows)), next(len(row[0]) for row in rows if row)
     column = np.zeros((len(rows), longest, width), dtype=np.uint8)
     for i, row in enumerate(rows):
-        column[i, : len(row)] = np.stack(row)
+        if row:
+            column[i, : len(row)] = np.stack(row)
     return torch.from_numpy(column)
