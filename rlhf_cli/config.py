@@ -202,6 +202,14 @@ class RewardWorkersSection:
 
 
 @dataclass
+class PrepassSection:
+    """Responses of the initial policy to every training prompt, where a stage compares with them; see docs/shaping.md."""
+
+    samples: int = 10  # responses per training prompt
+    path: str = ""  # a run, or its prepass.jsonl, whose responses and scores are used instead; empty: made before the first step
+
+
+@dataclass
 class SweepSection:
     """`rlhf train -m`: where its points lie, how they run, what a search improves; see docs/sweeps.md."""
 
@@ -241,6 +249,8 @@ class Root:
     source: Any = None  # conf/source
     reward: Any = None  # conf/reward: name -> scorer with a weight
     reward_workers: RewardWorkersSection = field(default_factory=RewardWorkersSection)
+    combine: Any = None  # conf/combine: how several rewards become one; empty: their weighted sum
+    prepass: PrepassSection = field(default_factory=PrepassSection)
     shaping: Any = None  # conf/shaping: name -> function
     select: Any = None  # conf/select
     credit: Any = None  # conf/credit

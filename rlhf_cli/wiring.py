@@ -7,12 +7,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rlhf_cli import gates, stages
+from rlhf_cli import gates, plan_reward, stages
 from rlhf_cli.config import build
 from rlhf_cli.data.loading import load
 from rlhf_cli.data.record import Record, as_demonstrations, check_lengths, check_references
@@ -23,7 +24,10 @@ from rlhf_cli.models import fused, loading, packing
 from rlhf_cli.models.heads import PolicyHead, ScalarHead, inner
 from rlhf_cli.models.lora import add_lora, reference_disabled
 from rlhf_cli.plan import Plan, learner_sections, validate
+from rlhf_cli.prepass import Prepass, make_prepass
+from rlhf_cli.rewards.direction import written
 from rlhf_cli.rewards.make import make_scorer
+from rlhf_cli.rewards.stage import make_joining, make_scoring
 from rlhf_cli.rollout.backends import backend
 from rlhf_cli.rollout.sampler import Sampler
 from rlhf_cli.sources.assemble import rows, sample_of
@@ -48,10 +52,11 @@ class Parts:
     recorded_heldout: Recorded | None
     gates: gates.Gates
     state: dict[str, Any]  # name -> object with state_dict
+    prepass: Prepass | None = None  # runs before the first step
 
 
-def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
-    """Build everything a training run needs. Raises ConfigError for what only data and models can tell."""
+def make_run(cfg: Any, comm: Comm, record: Any, folder: Path | None = None) -> tuple[Run, Parts]:
+    """Build everything a training run needs; `folder` is its directory. Raises ConfigError for what only data and models can tell."""
     plan = validate(cfg)
     sampled = plan.source == "sampled"
     scorer = make_scorer(cfg) if sampled else None
@@ -71,6 +76,7 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
     actor = make_actor(cfg, heads, plan, comm) if sampled or scorable else None
     engines = {name: DeepSpeedEngine(name, head, setup_of(cfg, sections[name]), comm) for name, head in heads.items()}
     sampler, publish = make_sampler(cfg, actor, tokenizer, comm, engines.get("policy"), record.count)
+    rest = _nothing
     if sampled:
         assert sampler is not None
         rest = getattr(sampler, "rest", _nothing)  # an engine that gives its memory back while the learner trains
@@ -88,7 +94,13 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
         )
 
     checks = make_gates(cfg, sampler)
-    score = make_scoring(cfg, scorer, comm, checks, record)
+    prepass = None
+    if scorer is not None and plan_reward.wants(cfg).references:
+        prepass = make_prepass(
+            cfg, train, encoded, sampler, scorer, comm, folder or Path(cfg.run.dir) / cfg.run.name, rest
+        )
+    join = make_joining(cfg, plan, scorer, prepass, tokenizer, record.count) if scorer is not None else None
+    score = make_scoring(cfg, scorer, comm, checks, record, join)
     allow = list(cfg.allow_targets)
     run = Run(
         source=source,
@@ -109,7 +121,7 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
         start=0,
         steps=cfg.steps,
     )
-    state = {"source": source, "constant_reward": checks.constant}
+    state = {"source": source, "constant_reward": checks.constant, **(join.state() if join is not None else {})}
     eval_scorer = scorer if sampled else make_scorer(cfg) if scorable else None
     probe = partial(probe_rows, encoded=encoded[:2], records=train[:2])
     frozen = [reference.module] if reference is not None else []
@@ -126,6 +138,7 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
         recorded_heldout=recorded_heldout,
         gates=checks,
         state=state,
+        prepass=prepass,
     )
 
 
@@ -199,7 +212,7 @@ def _nothing() -> None:
 
 def load_records(cfg: Any, plan: Plan) -> tuple[list[Record], list[Record]]:
     """Train and held-out records; as demonstrations where no stage reads preferences, so that nothing imitates a rejected response."""
-    train, heldout = load(cfg.dataset, "train"), load(cfg.dataset, "heldout")
+    train, heldout = (written(load(cfg.dataset, split), cfg) for split in ("train", "heldout"))
     heldout = heldout[: cfg.eval.prompts] if cfg.eval.prompts else heldout
     judged = {"pairs", "margin", "pair_weight", "label", "score"}
     if plan.source == "recorded" and not any(judged & s.needs for s in plan.stages):
@@ -318,15 +331,6 @@ def annotations(
 
 
 # -- rewards, updates --------------------------------------------------------------------------------------------------
-
-
-def make_scoring(cfg: Any, scorer: Scorer | None, comm: Comm, checks: gates.Gates, record: Any) -> stages.Stage:
-    """The stage that scores a step."""
-    if scorer is None:
-        return stages.keep
-    count = partial(record.count, stage="component")
-    score = stages.scoring(scorer, comm, cfg.gates.failures, checks.reward, count, record.note)
-    return stages.shuffled(score, cfg.seed) if cfg.debug.get("shuffled_reward") else score
 
 
 def make_update(cfg: Any, learner: str, starts_at: int) -> Update:

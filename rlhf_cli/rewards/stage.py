@@ -1,0 +1,42 @@
+"""From the configuration to the stage that scores a step."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from rlhf_cli import gates, plan_reward, stages
+from rlhf_cli.config import build
+from rlhf_cli.engine.comm import Comm
+from rlhf_cli.flow import Plan
+from rlhf_cli.prepass import Prepass
+from rlhf_cli.rewards.joining import Joining
+from rlhf_cli.rewards.nodes import reward_nodes, slot
+from rlhf_cli.types import Scorer
+
+
+def make_joining(cfg: Any, plan: Plan, scorer: Any, prepass: Prepass | None, tokenizer: Any, count: Any) -> Joining:
+    """How the rewards of a step become its score."""
+    allow = list(cfg.allow_targets)
+    slots = {
+        name: [build(v, key, allow=allow) for key, v in slot(node).values()]
+        for node in reward_nodes(cfg)
+        for name in node.sources
+    }
+    rule = cfg.combine or {}
+    return Joining(
+        scorer.weights, scorer.chosen, slots, rule.get("center", "none"), rule.get("scale", "none"),
+        references=prepass.references if prepass is not None else None, keep_references=plan_reward.wants(cfg).combined,
+        tokenizer=tokenizer, reads_tokens=any("reward" in s.needs for s in plan.stages), count=count,
+    )  # fmt: skip
+
+
+def make_scoring(
+    cfg: Any, scorer: Scorer | None, comm: Comm, checks: gates.Gates, record: Any, join: Joining | None
+) -> stages.Stage:
+    """The stage that scores a step."""
+    if scorer is None:
+        return stages.keep
+    count = partial(record.count, stage="component")
+    score = stages.scoring(scorer, comm, cfg.gates.failures, checks.reward, count, record.note, join)
+    return stages.shuffled(score, cfg.seed) if cfg.debug.get("shuffled_reward") else score
