@@ -31,7 +31,7 @@ def keep(exp: Experience) -> Experience:
     return exp
 
 
-def _ignore(_: Any) -> None:
+def _ignore(*_: Any) -> None:
     pass
 
 
@@ -130,6 +130,7 @@ def selecting(rule: Callable[..., Selection], count: Callable[[Mapping[str, floa
 
     def select(exp: Experience) -> Experience:
         chosen = call(rule, exp)
+        told(rule, count, "select")
         count({"rows_before": float(len(exp)), **chosen.stats})
         if chosen.keep is not None:
             exp = exp.rows(chosen.keep)
@@ -149,7 +150,7 @@ def annotating(columns: Mapping[str, tuple[Inferable, str]]) -> Stage:
     return annotate
 
 
-def shaping(shapers: Sequence[Callable[..., Tensor]]) -> Stage:
+def shaping(shapers: Sequence[Callable[..., Tensor]], count: Callable[..., None] = _ignore) -> Stage:
     """A shaper that returns [N] replaces `score`; one that returns [N, T] is added to `reward`.
 
     What a scorer placed on tokens stays there, and the rest of the score lands on the last trained token: token rewards that came
@@ -159,7 +160,7 @@ def shaping(shapers: Sequence[Callable[..., Tensor]]) -> Stage:
     def shape(exp: Experience) -> Experience:
         if exp.score is None or not len(exp):
             return exp
-        exp, dense = apply(shapers, exp, keep_references=False)
+        exp, dense = apply(shapers, exp, keep_references=False, after=lambda fn: told(fn, count, "shaping"))
         rest = exp.score
         if exp.span_reward is not None:
             dense, rest = dense + exp.span_reward, rest - exp.span_reward.sum(-1)
@@ -168,13 +169,21 @@ def shaping(shapers: Sequence[Callable[..., Tensor]]) -> Stage:
     return shape
 
 
-def crediting(rule: Callable[..., Any], limit: float) -> Stage:
+def told(fn: Any, count: Callable[..., None], stage: str) -> None:
+    """Report what an object with `stats` found in its last call."""
+    stats = getattr(fn, "stats", None)
+    if stats:
+        count(stats, stage)
+
+
+def crediting(rule: Callable[..., Any], limit: float, count: Callable[..., None] = _ignore) -> Stage:
     """Advantages from rewards; refuse magnitudes above `limit`."""
 
     def credit(exp: Experience) -> Experience:
         if not len(exp):
             return exp
         found = call(rule, exp)
+        told(rule, count, "credit")
         largest = float(found.advantage.abs().max())
         if not largest <= limit:
             raise GateError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_cli import gates, plan_reward, stages
-from rlhf_cli.config import build
 from rlhf_cli.data.loading import load
 from rlhf_cli.data.record import Record, as_demonstrations, check_lengths, check_references
 from rlhf_cli.data.text import render, response_ids
@@ -23,6 +21,7 @@ from rlhf_cli.engine.deepspeed import DeepSpeedEngine, Frozen, Setup
 from rlhf_cli.models import fused, loading, packing
 from rlhf_cli.models.heads import PolicyHead, ScalarHead, inner
 from rlhf_cli.models.lora import add_lora, reference_disabled
+from rlhf_cli.pipeline import make_pipeline
 from rlhf_cli.plan import Plan, learner_sections, validate
 from rlhf_cli.prepass import Prepass, make_prepass
 from rlhf_cli.rewards.direction import written
@@ -33,7 +32,8 @@ from rlhf_cli.rollout.sampler import Sampler
 from rlhf_cli.sources.assemble import rows, sample_of
 from rlhf_cli.sources.recorded import Recorded
 from rlhf_cli.sources.sampled import Sampled
-from rlhf_cli.types import Experience, Run, Scorer, Term, Update
+from rlhf_cli.state import Builder
+from rlhf_cli.types import Experience, Run, Scorer
 
 
 @dataclass
@@ -94,34 +94,29 @@ def make_run(cfg: Any, comm: Comm, record: Any, folder: Path | None = None) -> t
         )
 
     checks = make_gates(cfg, sampler)
+    build = Builder(cfg.allow_targets)
     prepass = None
     if scorer is not None and plan_reward.wants(cfg).references:
-        prepass = make_prepass(
-            cfg, train, encoded, sampler, scorer, comm, folder or Path(cfg.run.dir) / cfg.run.name, rest
-        )
-    join = make_joining(cfg, plan, scorer, prepass, tokenizer, record.count) if scorer is not None else None
+        where = folder or Path(cfg.run.dir) / cfg.run.name
+        prepass = make_prepass(cfg, train, encoded, sampler, scorer, comm, where, rest)
+    join = make_joining(cfg, plan, scorer, prepass, tokenizer, record.count, build) if scorer is not None else None
     score = make_scoring(cfg, scorer, comm, checks, record, join)
-    allow = list(cfg.allow_targets)
+    pipeline = make_pipeline(cfg, plan, build, record.count)
     run = Run(
         source=source,
         score=score,
-        select=stages.selecting(build(cfg.select, "select", allow=allow), record.count)
-        if cfg.select and scorer is not None
-        else stages.keep,
         annotate=stages.annotating(annotations(plan, engines, reference)),
-        shape=stages.shaping([build(v, f"shaping.{k}", allow=allow) for k, v in (cfg.shaping or {}).items() if v]),
-        credit=make_credit(cfg, plan, record.count),
         engines=engines,
-        updates={name: make_update(cfg, name, section.starts_at) for name, section in sections.items()},
-        minibatches=stages.minibatches(cfg.batch.epochs, cfg.batch.minibatches, cfg.seed),
-        lr=partial(learning_rate, cfg, {n: cfg.optim.lr if x.lr is None else x.lr for n, x in sections.items()}),
+        **vars(pipeline),
         check=checks,
         after=lambda step: False,
         record=record,
         start=0,
         steps=cfg.steps,
     )
-    state = {"source": source, "constant_reward": checks.constant, **(join.state() if join is not None else {})}
+    for name, (_, part) in (scorer.scorers if scorer is not None else {}).items():
+        build.keep(f"reward.{name}", part)
+    state = {"source": source, "constant_reward": checks.constant, **build.state}
     eval_scorer = scorer if sampled else make_scorer(cfg) if scorable else None
     probe = partial(probe_rows, encoded=encoded[:2], records=train[:2])
     frozen = [reference.module] if reference is not None else []
@@ -161,17 +156,6 @@ def make_sampler(
     publish = chosen.make_publish(cfg, sampler, actor, learner, comm, count)
     publish()
     return sampler, publish
-
-
-def make_credit(cfg: Any, plan: Plan, count: Any) -> stages.Stage:
-    """Advantages, corrected where the recipe says so."""
-    if not cfg.credit:
-        return stages.keep
-    credit = stages.crediting(build(cfg.credit, "credit", allow=list(cfg.allow_targets)), cfg.gates.advantage)
-    if not cfg.correction or plan.source != "sampled":
-        return credit
-    correct = stages.correcting(build(cfg.correction, "correction", allow=list(cfg.allow_targets)), count)
-    return lambda exp: correct(credit(exp))
 
 
 def make_gates(cfg: Any, sampler: Sampler | None) -> gates.Gates:
@@ -331,31 +315,6 @@ def annotations(
 
 
 # -- rewards, updates --------------------------------------------------------------------------------------------------
-
-
-def make_update(cfg: Any, learner: str, starts_at: int) -> Update:
-    """The terms of one learner."""
-    terms = []
-    for name, node in cfg.updates[learner].items():
-        if node is None:
-            continue
-        key = f"updates.{learner}.{name}"
-        reduce = build(node["reduce"], f"{key}.reduce", allow=cfg.allow_targets) if node.get("reduce") else None
-        objective = build(node["objective"], f"{key}.objective", allow=cfg.allow_targets)
-        terms.append(Term(name, objective, reduce, float(node.get("coef", 1.0))))
-    return Update(tuple(terms), starts_at)
-
-
-def learning_rate(cfg: Any, peaks: Mapping[str, float], name: str, step: int) -> float:
-    """Linear warm-up, then the schedule; a function of the step alone, so a resumed run needs no scheduler state."""
-    warm = min(1.0, (step + 1) / (cfg.optim.warmup + 1))
-    left = 1.0 - max(0, step - cfg.optim.warmup) / max(1, cfg.steps - cfg.optim.warmup)
-    shape: dict[str, Callable[[float], float]] = {
-        "constant": lambda x: 1.0,
-        "linear": lambda x: x,
-        "cosine": lambda x: 0.5 * (1 - math.cos(math.pi * x)),
-    }
-    return peaks[name] * warm * shape[cfg.optim.schedule](left)
 
 
 def check_invariance(engine: DeepSpeedEngine, exp: Experience, want: str, limit: float, rows: int = 4) -> float:

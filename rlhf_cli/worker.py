@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rlhf_cli import state
 from rlhf_cli.config import build, load_config
 from rlhf_cli.engine.comm import Comm, seed_all, start
 from rlhf_cli.engine.memory import keep_freed_memory
@@ -137,6 +138,7 @@ class Session:
 
     def _write(self, aside: Path, step: int) -> None:
         engines = {name: engine.save(aside) for name, engine in self.parts.engines.items()}
+        remembered = state.save(self.parts.state, aside, self.comm)
         rng = {
             "python": random.getstate(),
             "numpy": list(np.random.get_state()),
@@ -145,15 +147,15 @@ class Session:
         rng["numpy"][1] = rng["numpy"][1].tolist()
         (aside / f"rng-rank-{self.comm.rank}.json").write_text(json.dumps(rng))
         if self.lead:
-            state = {
+            written = {
                 "step": step,
                 "world": self.comm.world,
                 "packing": self.parts.heads[0].packing,
                 "engines": engines,
-                "state": {name: x.state_dict() for name, x in self.parts.state.items()},
+                "state": remembered,
                 "record": self.record.state(),
             }
-            (aside / "state.json").write_text(json.dumps(state))
+            (aside / "state.json").write_text(json.dumps(written))
         self.comm.barrier()
         if self.lead:
             checkpoint.commit(aside, step, self.cfg.checkpoint.keep)
@@ -168,21 +170,20 @@ class Session:
             self.record.start(self._plain_config(), None)
             return 0
         folder = Path(found)
-        state = json.loads((folder / "state.json").read_text())
+        saved = json.loads((folder / "state.json").read_text())
         for name, engine in self.parts.engines.items():
-            engine.load(folder, state["engines"][name])
-        for name, x in self.parts.state.items():
-            x.load_state_dict(state["state"][name])
-        self._set_packing(state["packing"])
-        self.run.source.publish(state["state"]["source"].get("version", state["step"]))
+            engine.load(folder, saved["engines"][name])
+        state.load(self.parts.state, folder, saved["state"])
+        self._set_packing(saved["packing"])
+        self.run.source.publish(saved["state"]["source"].get("version", saved["step"]))
         self._restore_rng(folder)
-        self.record.start(self._plain_config(), state["record"])
-        self.record.note(f"resumed from {folder.name}: {state['step']} of {self.cfg.steps} steps done")
-        if state["world"] != self.comm.world:
+        self.record.start(self._plain_config(), saved["record"])
+        self.record.note(f"resumed from {folder.name}: {saved['step']} of {self.cfg.steps} steps done")
+        if saved["world"] != self.comm.world:
             self.record.note(
-                f"the checkpoint was written by {state['world']} process(es) and is continued by {self.comm.world}; states were re-sharded"
+                f"the checkpoint was written by {saved['world']} process(es) and is continued by {self.comm.world}; states were re-sharded"
             )
-        self._at = int(state["step"])
+        self._at = int(saved["step"])
         return self._at
 
     def _find(self) -> tuple[str | None, list[str]]:

@@ -20,11 +20,16 @@ from rlhf_cli.report.planned import describe
 
 OPTIONS = [(group, name) for group, found in catalog.groups().items() for name in found]
 SHAPE_FITS = {"prompts": "grpo", "pairs": "dpo", "rankings": "dpo", "demonstrations": "sft"}
-NEEDS_PATH = {"rlhf_cli.rewards.model.Model", "rlhf_cli.rewards.python.Python"}
+NEEDS_PATH = {
+    "rlhf_cli.rewards.model.Model",
+    "rlhf_cli.rewards.python.Python",
+    "rlhf_cli.rewards.perplexity.Perplexity",
+}
 REQUIRED = {
     "model": "reward.model.path=RUN",
     "python": "reward.python.path=mine.py:score",
     "regex": "reward.regex.pattern=x",
+    "perplexity": "reward.perplexity.path=FOLDER",
     "zero3_offload_nvme": "hardware.nvme_path=nvme",
 }
 
@@ -61,7 +66,7 @@ def words_of(group: str, name: str) -> list[str]:
         ]
     if group == "select":
         return [f"select={name}", f"algo={'dpo' if 'pairs' in name or 'worst' in name else 'grpo'}"]
-    if group == "shaping" and name in ("kl",):
+    if group == "shaping" and name.partition("_")[0] in ("kl", "adaptive"):
         return [f"shaping={name}", "credit=group_norm_to_go"]
     if (group, name) == ("rollout", "greedy"):  # equal samples are refused in training; recorded rows need none
         return ["rollout=greedy", "algo=sft"]

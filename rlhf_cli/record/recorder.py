@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 RESERVED = (
     "score",
     "select",
+    "shaping",
+    "credit",
     "component",
     "response",
     "count",

@@ -116,12 +116,6 @@ class Joining:
         self._tell(values, raw)
         return exp, lost
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: name -> object with `state_dict`."""
-        held = {"combine": self.rule}
-        held |= {f"reward.{n}.shaping.{i}": fn for n, fns in self.slots.items() for i, fn in enumerate(fns)}
-        return {k: x for k, x in held.items() if hasattr(x, "state_dict")}
-
     def _shaped(self, raw: Sequence[Tensor], exp: Experience) -> tuple[Tensor, Tensor | None, Experience]:
         """Sources [N, S] after their own shapers, and those of the references [N, R, S]."""
         if self.references is None:
@@ -147,7 +141,7 @@ class Joining:
         if not shapers or not len(rows):
             return exp
         keep = self.keep_references or self.center == "reference" or self.scale == "reference"
-        done, _ = apply(shapers, exp.rows(rows), keep_references=keep)
+        done, _ = apply(shapers, exp.rows(rows), keep_references=keep, after=lambda fn: self._told(name, fn))
         score = torch.full_like(exp.score, float("nan"))
         score[rows] = done.score.to(score.dtype)
         if exp.ref_scores is None:
@@ -155,6 +149,9 @@ class Joining:
         refs = exp.ref_scores.clone()
         refs[rows] = done.ref_scores
         return replace(exp, score=score, ref_scores=refs)
+
+    def _told(self, name: str, fn: Any) -> None:
+        self.count({f"{name}/{k}": v for k, v in (getattr(fn, "stats", None) or {}).items()}, "shaping")
 
     def _normalised(self, values: Tensor, ref: Tensor | None, exp: Experience) -> tuple[Tensor, Tensor | None]:
         """Each source without its offset and in units of its spread."""

@@ -6,22 +6,22 @@ from functools import partial
 from typing import Any
 
 from rlhf_cli import gates, plan_reward, stages
-from rlhf_cli.config import build
 from rlhf_cli.engine.comm import Comm
 from rlhf_cli.flow import Plan
 from rlhf_cli.prepass import Prepass
 from rlhf_cli.rewards.joining import Joining
 from rlhf_cli.rewards.nodes import reward_nodes, slot
+from rlhf_cli.state import Builder
 from rlhf_cli.types import Scorer
 
 
-def make_joining(cfg: Any, plan: Plan, scorer: Any, prepass: Prepass | None, tokenizer: Any, count: Any) -> Joining:
-    """How the rewards of a step become its score."""
-    allow = list(cfg.allow_targets)
+def make_joining(
+    cfg: Any, plan: Plan, scorer: Any, prepass: Prepass | None, tokenizer: Any, count: Any, build: Builder
+) -> Joining:
+    """How the rewards of a step become its score; `build` remembers what has state."""
+    build.keep("combine", scorer.chosen)
     slots = {
-        name: [build(v, key, allow=allow) for key, v in slot(node).values()]
-        for node in reward_nodes(cfg)
-        for name in node.sources
+        name: [build(v, key) for key, v in slot(node).values()] for node in reward_nodes(cfg) for name in node.sources
     }
     rule = cfg.combine or {}
     return Joining(

@@ -1,5 +1,6 @@
 """Shapers: an [N] result replaces the score, an [N, T] result is added to the token rewards."""
 
+from rlhf_cli.shaping.adaptive_kl import AdaptiveKL
 from rlhf_cli.shaping.inference import InfAlignOptimal, infalign_ctrl
 from rlhf_cli.shaping.kl import sequence_kl, token_kl
 from rlhf_cli.shaping.reference import centered, lsc, par, sgfc, squash
@@ -7,6 +8,7 @@ from rlhf_cli.shaping.running import MinMax, RunningClip, RunningNorm
 from rlhf_cli.shaping.score import ceil, clip, length_penalty, no_end, overlong, relative_length, scale, whiten
 
 __all__ = [
+    "AdaptiveKL",
     "InfAlignOptimal",
     "MinMax",
     "RunningClip",

@@ -14,16 +14,19 @@ from rlhf_cli.types import Experience
 Shaper = Callable[..., Tensor]
 
 
-def apply(shapers: Sequence[Shaper], exp: Experience, *, keep_references: bool) -> tuple[Experience, Tensor]:
+def apply(
+    shapers: Sequence[Shaper], exp: Experience, *, keep_references: bool, after: Callable[[Shaper], None]
+) -> tuple[Experience, Tensor]:
     """The experience with its score shaped, and the sum of the token rewards [N, T].
 
     Where a later shaper compares with `ref_scores` (or `keep_references`), the reference responses take the same steps, so that
-    both stay in the same units.
+    both stay in the same units. `after` gets each shaper after its call.
     """
     dense = torch.zeros(exp.ids.shape)
     for i, fn in enumerate(shapers):
         later = keep_references or any("ref_scores" in needs(f) for f in shapers[i + 1 :])
         out = call(fn, exp)
+        after(fn)
         if out.ndim == 2:
             dense = dense + out
             continue

@@ -1,0 +1,117 @@
+"""Relevance of a response to its prompt, or likeness to the references, by a frozen text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rlhf_cli.errors import ConfigError
+from rlhf_cli.rewards.encoder import by_length, device_of, folder_of, load_encoder, mean_pool
+from rlhf_cli.rewards.per_sample import Row, references_of, scored
+from rlhf_cli.types import Sample, Scores
+
+KEPT = 100_000  # vectors of prompts and references that are remembered
+
+
+class Embedding:
+    """Similarity of masked mean-pooled embeddings: cosine in [-1, 1], or an unbounded dot product.
+
+    With the prompt, with the references (the best or their mean counts), or the mean of both; parts `prompt` and
+    `references` hold each. What exceeds max_tokens is cut at its end. The empty response has the encoding of nothing.
+    See Reimers and Gurevych, Sentence-BERT, arXiv:1908.10084; relevance as reward: Kim et al., R^3, arXiv:2402.03469.
+    """
+
+    loads_model = True
+    path_is = "FOLDER"
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        to: Literal["prompt", "references", "both"],
+        references: Literal["best", "mean"],
+        similarity: Literal["cosine", "dot"],
+        batch_size: int,
+        max_tokens: int,
+        device: Literal["auto", "cpu", "cuda"],
+        dtype: Literal["fp32", "bf16"],
+    ) -> None:
+        """Args:
+        path: packaged (all-MiniLM-L6-v2), a Hugging Face folder or a Hub id
+        to: what the response is compared with: prompt, references or both (the mean of the two)
+        references: of several references, the best one counts, or their mean
+        similarity: cosine, or dot (as contriever was trained)
+        batch_size: texts per forward
+        max_tokens: longest text, tokens
+        device: auto takes the accelerator where there is one
+        dtype: precision of weights and forward
+        """
+        if batch_size < 1 or max_tokens < 3:
+            raise ConfigError(
+                f"reward.embedding: batch_size={batch_size}, max_tokens={max_tokens} are not allowed; type larger numbers"
+            )
+        self.folder = folder_of(path, "reward.embedding")
+        self.to, self.best, self.cosine = to, references == "best", similarity == "cosine"
+        self.needs_references = to != "prompt"
+        self.batch_size, self.max_tokens = batch_size, max_tokens
+        self.device, self.dtype = device_of(device), torch.bfloat16 if dtype == "bf16" else torch.float32
+        self.model: Any = None
+        self.tokenizer: Any = None
+        self._known: dict[str, Tensor] = {}
+
+    def load(self) -> None:
+        """Read weights and tokenizer, unless they are here already; the first call does it by itself."""
+        if self.model is None:
+            self.model, self.tokenizer = load_encoder(self.folder, "reward.embedding", self.dtype)
+            self.model.to(self.device)
+            self.max_tokens = min(
+                self.max_tokens, getattr(self.model.config, "max_position_embeddings", self.max_tokens)
+            )
+
+    def __call__(self, samples: Sequence[Sample], group: Tensor) -> Scores:
+        self.load()
+        self._remember([t for s in samples for t in self._fixed(s)])
+        vectors = self.encode([s.response for s in samples])
+        return scored(self._row(s, v) for s, v in zip(samples, vectors, strict=True))
+
+    def _fixed(self, sample: Sample) -> list[str]:
+        """What the response is compared with."""
+        prompt = [sample.prompt] if self.to != "references" else []
+        return prompt + (list(references_of(sample)) if self.to != "prompt" else [])
+
+    def _remember(self, texts: Sequence[str]) -> None:
+        new = [t for t in dict.fromkeys(texts) if t not in self._known]
+        if len(self._known) + len(new) > KEPT:
+            self._known.clear()
+            new = list(dict.fromkeys(texts))
+        self._known |= zip(new, self.encode(new), strict=True)
+
+    def _row(self, sample: Sample, vector: Tensor) -> Row:
+        parts: dict[str, float | None] = {}
+        if self.to != "references":
+            parts["prompt"] = float(vector @ self._known[sample.prompt])
+        if self.to != "prompt":
+            near = [float(vector @ self._known[r]) for r in references_of(sample)]
+            if not near:
+                return Row(None, reason="it has no reference")
+            parts["references"] = max(near) if self.best else sum(near) / len(near)
+        there = [v for v in parts.values() if v is not None]
+        return Row(sum(there) / len(there), parts if len(parts) > 1 else {})
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """[N, H] float32 vectors, of length 1 for cosine."""
+        self.load()
+        found = torch.zeros(len(texts), self.model.config.hidden_size)
+        for rows in by_length(texts, self.batch_size):
+            found[rows] = self._forward([texts[i] for i in rows])
+        return found
+
+    def _forward(self, texts: list[str]) -> Tensor:
+        cut = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
+        hidden = self.model(**cut.to(self.device)).last_hidden_state
+        pooled = mean_pool(hidden, cut["attention_mask"]).float().cpu()
+        return torch.nn.functional.normalize(pooled, dim=-1) if self.cosine else pooled
