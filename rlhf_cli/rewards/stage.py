@@ -20,8 +20,10 @@ def make_joining(
 ) -> Joining:
     """How the rewards of a step become its score; `build` remembers what has state."""
     build.keep("combine", scorer.chosen)
-    slots = {
-        name: [build(v, key) for key, v in slot(node).values()] for node in reward_nodes(cfg) for name in node.sources
+    slots = {  # every member and part has shapers of its own: they may remember
+        name: [build(v, f"reward.{name}.shaping.{k}") for k, (_, v) in slot(node).items()]
+        for node in reward_nodes(cfg)
+        for name in node.sources
     }
     rule = cfg.combine or {}
     return Joining(

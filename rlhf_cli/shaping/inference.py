@@ -59,6 +59,12 @@ class InfAlignOptimal:
         self.table = (table / table[-1]).float()
 
     def __call__(self, score: Tensor, ref_scores: Tensor) -> Tensor:
+        """The transform of the calibrated reward.
+
+        Args:
+            score: one number per row, [N]
+            ref_scores: of the initial policy's responses, [N, R]
+        """
         u = calibrated(score, ref_scores)
         place = u.clamp(0, 1) * (len(self.table) - 1)
         low = place.floor().long().clamp(max=len(self.table) - 2)

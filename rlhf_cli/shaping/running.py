@@ -65,6 +65,11 @@ class RunningNorm(Moments):
         self.center, self.eps = center, eps
 
     def __call__(self, score: Tensor) -> Tensor:
+        """Take the scores in, and shape them.
+
+        Args:
+            score: one number per row, [N]
+        """
         self.take(score)
         return self.frozen(score)
 
@@ -87,6 +92,11 @@ class RunningClip(Moments):
         self.sigmas = sigmas
 
     def __call__(self, score: Tensor) -> Tensor:
+        """Take the scores in, and shape them.
+
+        Args:
+            score: one number per row, [N]
+        """
         self.take(score)
         return self.frozen(score)
 
@@ -105,6 +115,11 @@ class MinMax:
         self.low, self.high = float("inf"), float("-inf")
 
     def __call__(self, score: Tensor) -> Tensor:
+        """Take the scores in, and shape them.
+
+        Args:
+            score: one number per row, [N]
+        """
         if len(score):
             self.low, self.high = min(self.low, float(score.min())), max(self.high, float(score.max()))
         return self.frozen(score)
