@@ -9,6 +9,7 @@ from rlhf_cli.config import check_node, nearest
 from rlhf_cli.data.spec import gives
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.flow import Plan, Stage
+from rlhf_cli.judges.judge import check_section, describe
 from rlhf_cli.rewards.nodes import RESERVED, RULE_RESERVED, Node, reward_nodes, slot, sources
 from rlhf_cli.signature import Signature
 
@@ -39,6 +40,10 @@ def scorers(cfg: Any, plan: Plan, have: set[str]) -> None:
             raise ConfigError(
                 f"reward={name} compares with references, and this dataset maps none; type dataset.columns.references=COLUMN, or another reward"
             )
+        if sig.flags.get("needs_links") and "link" not in gives(cfg.dataset):
+            raise ConfigError(
+                f"reward={name} compares the answers to linked prompts, and this dataset links none; type dataset.columns.link=COLUMN"
+            )
         if "path" in sig.params and not node.get("path"):
             raise ConfigError(f"{key}.path is empty; type {key}.path={sig.flags.get('path_is', 'FILE')}")
         plan.stages.append(
@@ -46,6 +51,9 @@ def scorers(cfg: Any, plan: Plan, have: set[str]) -> None:
         )
         have.add("score")
         plan.stages += [Stage(k, _short(s), frozenset(s.columns) - {"score"}) for k, s in shapers(cfg, one)]
+        if sig.flags.get("asks_judge"):
+            check_section(cfg.judge)
+            plan.models["judge"] = describe(cfg.judge)
         if sig.flags.get("loads_model"):
             plan.models[f"reward.{name}"] = f"scores responses ({node['path']})"
     _combination(cfg, plan)

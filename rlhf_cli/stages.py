@@ -35,6 +35,10 @@ def _ignore(*_: Any) -> None:
     pass
 
 
+def _see_nothing(samples: Any, scores: Any, comm: Any) -> None:
+    pass
+
+
 def scoring(
     scorer: Scorer,
     comm: Comm,
@@ -42,12 +46,14 @@ def scoring(
     watch: Callable[[Tensor], None],
     count: Callable[[Mapping[str, float]], None] = _ignore,
     note: Callable[[str], None] = _ignore,
+    took: Callable[[Mapping[str, float]], None] = _ignore,
     join: Join | None = None,
 ) -> Stage:
     """Score whole groups, each on one rank, and drop the rows whose score is missing.
 
     `max_failures`: largest fraction of missing scores tolerated in a step. `watch` sees the scores that are there,
-    `count` how many each reward lacks, `note` the first reason. `join` makes one score of all rewards, with everything that
+    `count` how many each reward lacks, `note` the first reason, `took` what the scorers spent. A scorer
+    with `observe` is shown the whole scored step on every rank, once all have scored it. `join` makes one score of all rewards, with everything that
     needs the whole step; without it the scorer's own value counts.
     """
     join = join or as_scored
@@ -58,6 +64,7 @@ def scoring(
         scores = replace(scores, reasons={**lost, **scores.reasons})
         missing = exp.score.isnan()
         count({f"{k}/missing": float(x.isnan().sum()) for k, x in scores.components.items() if "/" not in k})
+        took(scores.timing)
         first = first_reason(scores, exp.samples)
         if missing.float().mean() > max_failures:
             raise GateError(
@@ -66,6 +73,7 @@ def scoring(
             )
         if first:
             note(f"{len(scores.reasons)} of {len(exp)} responses lack a score; {first}")
+        getattr(scorer, "observe", _see_nothing)(exp.samples, scores, comm)
         exp = exp.rows((~missing).nonzero().flatten()) if missing.any() else exp
         watch(exp.score)
         return exp
@@ -90,18 +98,20 @@ def first_reason(scores: Scores, samples: Sequence[Sample]) -> str:
 
 
 def score_sharded(scorer: Scorer, exp: Experience, comm: Comm) -> Scores:
-    """Every rank scores its share of the groups; all get all scores."""
-    names = torch.unique(exp.group)
-    own = torch.isin(exp.group, names[comm.rank :: comm.world]).nonzero().flatten()
+    """Every rank scores its share of the groups, linked ones together; all get all scores."""
+    own = (scored_by(exp.samples, exp.group, comm.world) == comm.rank).nonzero().flatten()
     part = scorer([exp.samples[i] for i in own.tolist()], exp.group[own]) if len(own) else None
     gathered = comm.gather((own, part))
     value, missing = torch.zeros(len(exp)), torch.zeros(len(exp), dtype=torch.bool)
     components: dict[str, Tensor] = {}
     reasons: dict[int, str] = {}
     spans: list[tuple[int, int, int, float]] = []
+    timing: dict[str, float] = {}
     for rows, scores in gathered:
         if scores is None:
             continue
+        for name, spent in scores.timing.items():
+            timing[name] = timing.get(name, 0.0) + spent
         spans += [(int(rows[i]), start, end, x) for i, start, end, x in scores.spans or ()]
         value[rows] = scores.value.float()
         if scores.missing is not None:
@@ -109,7 +119,16 @@ def score_sharded(scorer: Scorer, exp: Experience, comm: Comm) -> Scores:
         reasons |= {int(rows[i]): why for i, why in scores.reasons.items()}
         for name, x in scores.components.items():
             components.setdefault(name, torch.full((len(exp),), float("nan")))[rows] = x.float()
-    return Scores(value, missing, components, spans or None, reasons)
+    return Scores(value, missing, components, spans or None, reasons, timing)
+
+
+def scored_by(samples: Sequence[Sample], group: Tensor, world: int) -> Tensor:
+    """[N] the rank that scores each row: ranks in turn take whole groups, or groups that share a link."""
+    names, which = torch.unique(group, return_inverse=True)
+    link = dict(zip(which.tolist(), (s.link for s in samples), strict=True))
+    turn: dict[Any, int] = {}
+    ranks = [turn.setdefault(link[g] or g, len(turn)) % world for g in range(len(names))]
+    return torch.tensor(ranks, dtype=torch.int64)[which]
 
 
 def shuffled(score: Stage, seed: int) -> Stage:

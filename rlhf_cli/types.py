@@ -110,7 +110,8 @@ class Scores:
 
     `spans` are character ranges of the response, (row, start, end, value), so a scorer's tokenizer need not be the policy's:
     they say on which part of the response that much of `value` falls; what they do not place falls on its end.
-    `reasons` say why a row is missing, where that is known: row -> text.
+    `reasons` say why a row is missing, where that is known: row -> text. `timing` holds numbers that a repeated run need
+    not repeat (seconds, retries, cache hits); they are summed over ranks and logged under `time/`.
     """
 
     value: Tensor  # [N] float32
@@ -118,6 +119,7 @@ class Scores:
     components: Mapping[str, Tensor] = field(default_factory=dict)
     spans: Sequence[tuple[int, int, int, float]] | None = None
     reasons: Mapping[int, str] = field(default_factory=dict)
+    timing: Mapping[str, float] = field(default_factory=dict)
 
 
 class Credit(NamedTuple):

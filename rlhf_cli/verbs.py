@@ -11,7 +11,7 @@ import torch
 
 from rlhf_cli import wiring
 from rlhf_cli.data.loading import load, load_whole
-from rlhf_cli.data.record import Record
+from rlhf_cli.data.record import Record, leading
 from rlhf_cli.engine.comm import Comm, seed_all
 from rlhf_cli.engine.memory import keep_freed_memory
 from rlhf_cli.errors import ConfigError
@@ -46,7 +46,7 @@ def evaluate(cfg: Any) -> int:
     """A model, or a run beside the model it started from, on held-out prompts: greedy, and sampled with eval.samples=K."""
     device = _device(cfg)
     records = load(cfg.dataset, "heldout")
-    records = records[: cfg.eval.prompts] if cfg.eval.prompts else records
+    records = leading(records, cfg.eval.prompts)
     scorer = wiring.make_scorer(cfg)
     if scorer is None:
         raise ConfigError("eval: no reward; type reward=bleu (rlhf list reward)")

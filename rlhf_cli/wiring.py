@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rlhf_cli import gates, plan_reward, stages
 from rlhf_cli.data.loading import load
-from rlhf_cli.data.record import Record, as_demonstrations, check_lengths, check_references
+from rlhf_cli.data.record import Record, as_demonstrations, check_lengths, check_references, leading
 from rlhf_cli.data.text import render, response_ids
 from rlhf_cli.engine.comm import Comm
 from rlhf_cli.engine.deepspeed import DeepSpeedEngine, Frozen, Setup
@@ -197,7 +197,7 @@ def _nothing() -> None:
 def load_records(cfg: Any, plan: Plan) -> tuple[list[Record], list[Record]]:
     """Train and held-out records; as demonstrations where no stage reads preferences, so that nothing imitates a rejected response."""
     train, heldout = (written(load(cfg.dataset, split), cfg) for split in ("train", "heldout"))
-    heldout = heldout[: cfg.eval.prompts] if cfg.eval.prompts else heldout
+    heldout = leading(heldout, cfg.eval.prompts)
     judged = {"pairs", "margin", "pair_weight", "label", "score"}
     if plan.source == "recorded" and not any(judged & s.needs for s in plan.stages):
         return as_demonstrations(train), as_demonstrations(heldout)

@@ -147,14 +147,18 @@ def test_normalising_before_or_after_the_sum_differs() -> None:
     pair = torch.tensor([[0.0, 0.0], [1.0, 100.0]], dtype=torch.float64)
     two = torch.zeros(2, dtype=torch.int64)
     # of two rows every source gives -+ 1 / sqrt(2): their sum -+ sqrt(2), where sum-then-normalise gives -+ 1 / sqrt(2)
-    assert c.normalise_then_sum(pair, ONES[:2], two, ddof=1, eps=0.0, whiten=False).tolist() == pytest.approx([-math.sqrt(2), math.sqrt(2)])
+    assert c.normalise_then_sum(pair, ONES[:2], two, ddof=1, eps=0.0, whiten=False).tolist() == pytest.approx(
+        [-math.sqrt(2), math.sqrt(2)]
+    )
     assert advantages(c.weighted_sum(pair, ONES[:2])) == pytest.approx([-math.sqrt(0.5), math.sqrt(0.5)])
 
 
 def test_a_flat_source_adds_exactly_nothing_and_whitening_scales() -> None:
     parts = torch.tensor([[0.1, 1.0], [0.1, 2.0], [0.1, 4.0]])
     out = c.normalise_then_sum(parts, torch.ones(2), torch.zeros(3, dtype=torch.int64), ddof=1, eps=1e-4, whiten=False)
-    only = c.normalise_then_sum(parts[:, 1:], torch.ones(1), torch.zeros(3, dtype=torch.int64), ddof=1, eps=1e-4, whiten=False)
+    only = c.normalise_then_sum(
+        parts[:, 1:], torch.ones(1), torch.zeros(3, dtype=torch.int64), ddof=1, eps=1e-4, whiten=False
+    )
     assert torch.equal(out, only)
     white = c.normalise_then_sum(parts, torch.ones(2), torch.tensor([0, 0, 1]), ddof=1, eps=1e-4, whiten=True)
     assert float(white.mean()) == pytest.approx(0, abs=1e-6) and float(white.std()) == pytest.approx(1, abs=1e-5)

@@ -27,6 +27,8 @@ NEEDS_PATH = {
     "rlhf_cli.rewards.perplexity.Perplexity",
 }
 REQUIRED = {
+    **dict.fromkeys(("judge", "judge_anchor", "judge_listwise", "judge_pairwise"), "judge.backend=rule"),
+    "co_reward": "dataset=rephrased",
     "model": "reward.model.path=RUN",
     "python": "reward.python.path=mine.py:score",
     "regex": "reward.regex.pattern=x",
@@ -47,12 +49,13 @@ def nodes(section: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
 def words_of(group: str, name: str) -> list[str]:
     """A command line around one option, with a recipe and records that fit it."""
     if group == "dataset":
-        raw = compose("train", [f"dataset={name}", "dataset.path=DATA"] if name != "quickstart" else [], None)
+        given = [] if "format: packaged" in catalog.groups()[group][name].path.read_text() else ["dataset.path=DATA"]
+        raw = compose("train", [f"dataset={name}", *given], None)
         fit = SHAPE_FITS.get(raw.dataset.shape, "sft")
         return [
             f"dataset={name}",
             f"algo={fit}",
-            *(["dataset.path=DATA"] if name != "quickstart" else []),
+            *given,
             "reward=length",
         ]
     if group in ("objective", "reduce"):
@@ -69,17 +72,21 @@ def words_of(group: str, name: str) -> list[str]:
         return [f"select={name}", f"algo={'dpo' if 'pairs' in name or 'worst' in name else 'grpo'}"]
     if group == "shaping" and name.partition("_")[0] in ("kl", "adaptive"):
         return [f"shaping={name}", "credit=group_norm_to_go"]
-    if group == "combine":
-        return [f"combine={name}", "reward=[bleu,length]", *COMBINE.get(name, [])]
     if (group, name) == ("rollout", "greedy"):  # equal samples are refused in training; recorded rows need none
         return ["rollout=greedy", "algo=sft"]
     if (group, name) == ("rollout", "vllm") and not importlib.util.find_spec("vllm"):
         pytest.skip("vLLM IS NOT INSTALLED: type make vllm")
     if group == "source":
         return [f"source={name}", f"algo={'sft' if name == 'recorded' else 'grpo'}"]
-    return [f"{group}={name}", *([REQUIRED[name]] if group in ("reward", "hardware") and name in REQUIRED else [])]
+    return [
+        f"{group}={name}",
+        *WITH.get(group, []),
+        *COMBINE.get(name, []),
+        *([REQUIRED[name]] if group in ("reward", "hardware") and name in REQUIRED else []),
+    ]
 
 
+WITH = {"combine": ["reward=[bleu,length]"]}
 COMBINE = {
     "lagrangian": ["combine.thresholds={length: 0.5}"],
     "maxmin_records": ["combine.by_meta=team", "dataset.columns.meta.team=team"],

@@ -101,6 +101,8 @@ class Joining:
 
     def __call__(self, scores: Scores, exp: Experience) -> tuple[Experience, dict[int, str]]:
         """The experience with `score` (NaN: missing), `ref_scores` and `span_reward`; and why rows are missing that had a value."""
+        if not self.names:  # all of them are only logged
+            return replace(exp, score=torch.zeros(len(exp))), {}
         raw = [scores.components[n] for n in self.names]
         values, ref, exp = self._shaped(raw, exp)
         values, ref = self._normalised(values, ref, exp)

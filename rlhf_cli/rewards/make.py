@@ -24,6 +24,10 @@ def make_scorer(cfg: Any) -> Combined | None:
         if getattr(scorer, "pooled", False):
             sig, bound = check_node(node.settings, **settings)
             scorer = Pooled(node.name, scorer, (sig.target, bound), workers)
+        if getattr(scorer, "asks_judge", False):
+            from rlhf_cli.judges.judge import judge_of
+
+            scorer.connect(judge_of(cfg))
         built[node.name] = float(node.settings.get("weight", 1.0)), scorer
     weights = {name: w for node in nodes for name, w in node.sources.items()}
     return Combined(built, weights, make_rule(cfg)) if built else None

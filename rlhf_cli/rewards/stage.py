@@ -40,5 +40,6 @@ def make_scoring(
     if scorer is None:
         return stages.keep
     count = partial(record.count, stage="component")
-    score = stages.scoring(scorer, comm, cfg.gates.failures, checks.reward, count, record.note, join)
+    took = partial(record.count, stage="time")
+    score = stages.scoring(scorer, comm, cfg.gates.failures, checks.reward, count, record.note, took, join)
     return stages.shuffled(score, cfg.seed) if cfg.debug.get("shuffled_reward") else score

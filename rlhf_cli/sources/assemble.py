@@ -15,7 +15,7 @@ from rlhf_cli.types import Experience, Sample
 def sample_of(record: Record, response: str) -> Sample:
     """The text view of one row; the whole conversation travels in `meta["messages"]`."""
     meta = {**record.meta, "messages": [dict(m) for m in record.messages], "where": record.where}
-    return Sample(record.prompt, response, record.references, meta, record.uid)
+    return Sample(record.prompt, response, record.references, meta, record.uid, record.link)
 
 
 def texts_of(sampler: Any, ids: Sequence[Sequence[int]]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rlhf_cli.data.record import Record
+from rlhf_cli.data.record import Record, check_links, units
 from rlhf_cli.engine.comm import Comm
 from rlhf_cli.rollout.sampler import Decoding, Sampler
 from rlhf_cli.sources.assemble import Order, align, rows, sample_of, texts_of
@@ -57,11 +57,13 @@ class Sampled:
         self.records, self.encoded, self.sampler, self.comm = records, encoded, sampler, comm
         self.prompts, self.samples, self.seed = prompts, samples, seed
         self._publish, self._begin, self._rest = publish, begin, rest
-        self._order = Order(len(records), seed)
+        check_links(records, prompts)
+        self._units = units(records)  # linked records are drawn in one step
+        self._order = Order(len(self._units), seed)
         self.version = 0
 
     def __next__(self) -> Experience:
-        chosen = self._order.take(self.prompts)
+        chosen = self._take()
         seeds = [row_seed(self.seed, self.version, p, k) for p in range(self.prompts) for k in range(self.samples)]
         done = early(self._begin, self.sampler, [self.records[i] for i in chosen])
         decoding = replace(self.sampler.decoding, wave=len(seeds))
@@ -70,6 +72,11 @@ class Sampled:
         )
         self._rest()
         return self._experience(chosen, drawn)
+
+    def _take(self) -> list[int]:
+        """The records of the next step, linked ones side by side."""
+        size = len(self._units[0]) if self._units else 1
+        return [i for u in self._order.take(self.prompts // size) for i in self._units[u]]
 
     def _experience(self, chosen: Sequence[int], drawn: Drawn) -> Experience:
         owner = [i for i in chosen for _ in range(self.samples)]
