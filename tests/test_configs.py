@@ -72,8 +72,6 @@ def words_of(group: str, name: str) -> list[str]:
         return [f"select={name}", f"algo={'dpo' if 'pairs' in name or 'worst' in name else 'grpo'}"]
     if group == "shaping" and name.partition("_")[0] in ("kl", "adaptive"):
         return [f"shaping={name}", "credit=group_norm_to_go"]
-    if (group, name) == ("rollout", "greedy"):  # equal samples are refused in training; recorded rows need none
-        return ["rollout=greedy", "algo=sft"]
     if (group, name) == ("rollout", "vllm") and not importlib.util.find_spec("vllm"):
         pytest.skip("vLLM IS NOT INSTALLED: type make vllm")
     if group == "source":
@@ -81,15 +79,16 @@ def words_of(group: str, name: str) -> list[str]:
     return [
         f"{group}={name}",
         *WITH.get(group, []),
-        *COMBINE.get(name, []),
+        *WITH.get(f"{group}={name}", []),
         *([REQUIRED[name]] if group in ("reward", "hardware") and name in REQUIRED else []),
     ]
 
 
-WITH = {"combine": ["reward=[bleu,length]"]}
-COMBINE = {
-    "lagrangian": ["combine.thresholds={length: 0.5}"],
-    "maxmin_records": ["combine.by_meta=team", "dataset.columns.meta.team=team"],
+WITH = {
+    "combine": ["reward=[bleu,length]"],
+    "combine=lagrangian": ["combine.thresholds={length: 0.5}"],
+    "combine=maxmin_records": ["combine.by_meta=team", "dataset.columns.meta.team=team"],
+    "rollout=greedy": ["algo=sft"],  # equal samples are refused in training; recorded rows need none
 }
 PAIRS = ["dataset=preferences", "dataset.path=DATA"]
 
