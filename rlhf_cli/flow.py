@@ -24,4 +24,5 @@ class Plan:
     learners: dict[str, str] = field(default_factory=dict)  # trained model -> head
     models: dict[str, str] = field(default_factory=dict)  # loaded model -> why
     annotate: tuple[str, ...] = ()  # columns filled from models
+    greedy: bool = False  # a greedy response to every prompt is scored as its baseline
     notes: list[str] = field(default_factory=list)

@@ -19,10 +19,10 @@ from rlhf_cli.data.text import render, response_ids
 from rlhf_cli.engine.comm import Comm
 from rlhf_cli.engine.deepspeed import DeepSpeedEngine, Frozen, Setup
 from rlhf_cli.models import fused, loading, packing
-from rlhf_cli.models.heads import PolicyHead, ScalarHead, inner
+from rlhf_cli.models.heads import PolicyHead, ScalarHead, SharedHead, inner
 from rlhf_cli.models.lora import add_lora, reference_disabled
 from rlhf_cli.pipeline import make_pipeline
-from rlhf_cli.plan import Plan, learner_sections, validate
+from rlhf_cli.plan import HEADS, Plan, learner_sections, validate
 from rlhf_cli.prepass import Prepass, make_prepass
 from rlhf_cli.rewards.direction import written
 from rlhf_cli.rewards.make import make_scorer
@@ -31,6 +31,7 @@ from rlhf_cli.rollout.backends import backend
 from rlhf_cli.rollout.sampler import Sampler
 from rlhf_cli.sources.assemble import rows, sample_of
 from rlhf_cli.sources.recorded import Recorded
+from rlhf_cli.sources.resampled import Resampled
 from rlhf_cli.sources.sampled import Sampled
 from rlhf_cli.state import Builder
 from rlhf_cli.types import Experience, Run, Scorer
@@ -72,7 +73,7 @@ def make_run(cfg: Any, comm: Comm, record: Any, folder: Path | None = None) -> t
     sections = learner_sections(cfg)
     heads = {name: make_head(cfg, section, comm, plan) for name, section in sections.items()}
     reference = make_reference(cfg, heads, plan, comm)
-    scorable = plan.learners.get("policy") == "policy" and can_score(cfg, heldout)
+    scorable = "policy" in plan.learners and can_score(cfg, heldout)
     actor = make_actor(cfg, heads, plan, comm) if sampled or scorable else None
     engines = {name: DeepSpeedEngine(name, head, setup_of(cfg, sections[name]), comm) for name, head in heads.items()}
     sampler, publish = make_sampler(cfg, actor, tokenizer, comm, engines.get("policy"), record.count)
@@ -82,7 +83,7 @@ def make_run(cfg: Any, comm: Comm, record: Any, folder: Path | None = None) -> t
         rest = getattr(sampler, "rest", _nothing)  # an engine that gives its memory back while the learner trains
         source: Any = Sampled(
             train, encoded, sampler, publish, comm, prompts=cfg.batch.prompts, samples=cfg.batch.samples, seed=cfg.seed,
-            begin=scorer.begin if scorer is not None else None, rest=rest,
+            greedy=plan.greedy, begin=scorer.begin if scorer is not None else None, rest=rest,
         )  # fmt: skip
     else:
         answers = encode_answers(train, tokenizer, cfg)
@@ -100,14 +101,19 @@ def make_run(cfg: Any, comm: Comm, record: Any, folder: Path | None = None) -> t
         where = folder or Path(cfg.run.dir) / cfg.run.name
         prepass = make_prepass(cfg, train, encoded, sampler, scorer, comm, where, rest)
     join = make_joining(cfg, plan, scorer, prepass, tokenizer, record.count, build) if scorer is not None else None
-    score = make_scoring(cfg, scorer, comm, checks, record, join)
+    score = make_scoring(cfg, plan, scorer, comm, checks, record, join)
     pipeline = make_pipeline(cfg, plan, build, record.count)
+    stages_of = vars(pipeline) | {"score": score}
+    if cfg.batch.resample > 1 and sampled:
+        source = Resampled(
+            source, score, pipeline.select, prompts=cfg.batch.prompts, rounds=cfg.batch.resample, count=record.count, phase=record.phase
+        )  # fmt: skip
+        stages_of |= {"score": stages.keep, "select": stages.keep}
     run = Run(
         source=source,
-        score=score,
         annotate=stages.annotating(annotations(plan, engines, reference)),
         engines=engines,
-        **vars(pipeline),
+        **stages_of,
         check=checks,
         after=lambda step: False,
         record=record,
@@ -239,14 +245,18 @@ def make_head(cfg: Any, section: Any, comm: Comm, plan: Plan) -> nn.Module:
     model_cfg = copy.deepcopy(cfg.model)
     if section.path:
         model_cfg.path, model_cfg.source, model_cfg.revision = section.path, "auto", ""
-    load_model = loading.load_causal if section.head == "policy" else loading.load_scalar
+    causal = "logp" in HEADS[section.head]
+    load_model = loading.load_causal if causal else loading.load_scalar
     model = load_model(model_cfg, dtype=dtype_of(cfg), seed=cfg.seed)
     if cfg.model.lora.r:
         model = add_lora(model, cfg.model.lora, cfg.seed)
     prepare(model, checkpointing=cfg.model.checkpointing)
     model.to(comm.device)
-    if section.head == "policy":
-        return PolicyHead(model, temperature=temperature_of(cfg, plan), packing=cfg.model.packing)
+    if causal:
+        settings: Any = {"temperature": temperature_of(cfg, plan), "packing": cfg.model.packing}
+        shared = "value_new" in HEADS[section.head]
+        head = SharedHead(model, **settings, seed=cfg.seed) if shared else PolicyHead(model, **settings)
+        return head.to(comm.device)
     return ScalarHead(model, packing=cfg.model.packing)
 
 
@@ -305,7 +315,7 @@ def annotations(
     plan: Plan, engines: Mapping[str, DeepSpeedEngine], reference: Frozen | None
 ) -> dict[str, tuple[Any, str]]:
     """Columns filled from models: name -> (model, its output)."""
-    critic = next((engines[n] for n, head in plan.learners.items() if head == "value"), None)
+    critic = next((engines[n] for n, head in plan.learners.items() if "value_new" in HEADS[head]), None)
     makers = {
         "old_logp": (engines.get("policy"), "logp"),
         "ref_logp": (reference, "logp"),

@@ -34,7 +34,7 @@ def make_joining(
 
 
 def make_scoring(
-    cfg: Any, scorer: Scorer | None, comm: Comm, checks: gates.Gates, record: Any, join: Joining | None
+    cfg: Any, plan: Plan, scorer: Scorer | None, comm: Comm, checks: gates.Gates, record: Any, join: Joining | None
 ) -> stages.Stage:
     """The stage that scores a step."""
     if scorer is None:
@@ -42,4 +42,5 @@ def make_scoring(
     count = partial(record.count, stage="component")
     took = partial(record.count, stage="time")
     score = stages.scoring(scorer, comm, cfg.gates.failures, checks.reward, count, record.note, took, join)
-    return stages.shuffled(score, cfg.seed) if cfg.debug.get("shuffled_reward") else score
+    score = stages.shuffled(score, cfg.seed) if cfg.debug.get("shuffled_reward") else score
+    return stages.baselined(score, record.count) if plan.greedy else score

@@ -5,7 +5,7 @@ from rlhf_cli.shaping.inference import InfAlignOptimal, infalign_ctrl
 from rlhf_cli.shaping.kl import sequence_kl, token_kl
 from rlhf_cli.shaping.reference import centered, lsc, par, sgfc, squash
 from rlhf_cli.shaping.running import MinMax, RunningClip, RunningNorm
-from rlhf_cli.shaping.score import ceil, clip, length_penalty, no_end, overlong, relative_length, scale, whiten
+from rlhf_cli.shaping.score import ceil, clip, length_penalty, missing_eos, overlong, relative_length, scale, whiten
 
 __all__ = [
     "AdaptiveKL",
@@ -19,7 +19,7 @@ __all__ = [
     "infalign_ctrl",
     "length_penalty",
     "lsc",
-    "no_end",
+    "missing_eos",
     "overlong",
     "par",
     "relative_length",

@@ -30,6 +30,20 @@ def scale(score: Tensor, *, factor: float) -> Tensor:
     return score * factor
 
 
+def missing_eos(score: Tensor, truncated: Tensor, *, penalty: float) -> Tensor:
+    """Score minus a constant where the response was cut before its end, [N].
+
+    See Huang et al., "The N+ Implementation Details of RLHF with PPO", arXiv:2403.17031 (the EOS trick); TRL's
+    missing_eos_penalty.
+
+    Args:
+        score: one number per row, [N]
+        truncated: reached the token limit before EOS or a stop, [N] bool
+        penalty: what a response without end loses, score units
+    """
+    return score - penalty * truncated
+
+
 def overlong(score: Tensor, mask: Tensor, *, max_tokens: int, buffer: int, factor: float) -> Tensor:
     """Score minus a penalty that grows from 0 to `factor` over the last `buffer` tokens before `max_tokens`, [N].
 
@@ -107,16 +121,3 @@ def relative_length(score: Tensor, mask: Tensor, group: Tensor, *, factor: float
     bonus = 0.5 - (length - low) / width.clamp(min=1)
     bonus = bonus.where(score >= correct, bonus.clamp(max=0)).where(width > 0, 0.0)
     return score + factor * bonus
-
-
-def no_end(score: Tensor, truncated: Tensor, *, penalty: float) -> Tensor:
-    """Score minus a penalty where the response hit the token limit before its end, [N].
-
-    See Huang et al., "The N+ Implementation Details of RLHF with PPO", arXiv:2403.17031, the EOS trick.
-
-    Args:
-        score: one number per row, [N]
-        truncated: hit the token limit, [N] bool
-        penalty: score units
-    """
-    return score - penalty * truncated.to(score.dtype)
