@@ -117,14 +117,12 @@ def _stage(
 def _why_absent(cfg: Any, plan: Plan, column: str, learner: str) -> str:
     if column == "pairs":
         return "no stage makes pairs: choose a dataset with preferences (dataset=preferences), or a reward and select=best_vs_worst"
-    if column in ("score", "reward"):
+    if column in ("score", "reward", *plan_reward.REFERENCE):
         return (
             "no reward gives a score: type reward=bleu (rlhf list reward)"
             if plan.source == "sampled"
             else "recorded rows have no score: type source=sampled"
         )
-    if column in plan_reward.REFERENCE:
-        return "responses of the initial policy have scores only where a reward scores samples: type source=sampled and reward=bleu"
     if column in ("value", "value_new"):
         return "no critic in updates: add a learner with head=value, as algo=ppo does"
     if column == "score_new":

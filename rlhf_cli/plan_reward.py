@@ -180,7 +180,7 @@ def _check_rule(cfg: Any, sig: Signature) -> None:
 def _check_thresholds(thresholds: Mapping[str, Any], names: list[str]) -> None:
     if not thresholds:
         raise ConfigError(
-            "combine.thresholds is empty; type combine.thresholds={NAME: VALUE} for each reward that must reach a value"
+            "combine.thresholds is empty; type combine.thresholds.NAME=VALUE for each reward that must reach one"
         )
     for key in thresholds:
         if key not in names:

@@ -288,12 +288,13 @@ def make_prepass(
     sampler: Any,
     scorer: Scorer,
     comm: Comm,
-    folder: Path,
+    folder: Path | None,
     rest: Callable[[], None],
 ) -> Prepass:
     """From the configuration."""
     given = bool(cfg.prepass.path)
+    own = (folder or Path(cfg.run.dir) / cfg.run.name) / FILE
     return Prepass(
         records, encoded, sampler, scorer, comm, samples=cfg.prepass.samples, seed=cfg.seed,
-        path=file_of(cfg.prepass.path) if given else folder / FILE, header=fingerprint(cfg), given=given, rest=rest,
+        path=file_of(cfg.prepass.path) if given else own, header=fingerprint(cfg), given=given, rest=rest,
     )  # fmt: skip

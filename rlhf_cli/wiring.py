@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_cli import gates, plan_reward, stages
+from rlhf_cli import gates, stages
 from rlhf_cli.data.loading import load
 from rlhf_cli.data.record import Record, as_demonstrations, check_lengths, check_references, leading
 from rlhf_cli.data.text import render, response_ids
@@ -26,7 +26,7 @@ from rlhf_cli.plan import HEADS, Plan, learner_sections, validate
 from rlhf_cli.prepass import Prepass, make_prepass
 from rlhf_cli.rewards.direction import written
 from rlhf_cli.rewards.make import make_scorer
-from rlhf_cli.rewards.stage import make_joining, make_scoring
+from rlhf_cli.rewards.stage import make_scoring
 from rlhf_cli.rollout.backends import backend
 from rlhf_cli.rollout.sampler import Sampler
 from rlhf_cli.sources.assemble import rows, sample_of
@@ -96,12 +96,8 @@ def make_run(cfg: Any, comm: Comm, record: Any, folder: Path | None = None) -> t
 
     checks = make_gates(cfg, sampler)
     build = Builder(cfg.allow_targets)
-    prepass = None
-    if scorer is not None and plan_reward.wants(cfg).references:
-        where = folder or Path(cfg.run.dir) / cfg.run.name
-        prepass = make_prepass(cfg, train, encoded, sampler, scorer, comm, where, rest)
-    join = make_joining(cfg, plan, scorer, prepass, tokenizer, record.count, build) if scorer is not None else None
-    score = make_scoring(cfg, plan, scorer, comm, checks, record, join)
+    ask = partial(make_prepass, cfg, train, encoded, sampler, scorer, comm, folder, rest)
+    score, prepass = make_scoring(cfg, plan, scorer, comm, checks, record, tokenizer, build, ask)
     pipeline = make_pipeline(cfg, plan, build, record.count)
     stages_of = vars(pipeline) | {"score": score}
     if cfg.batch.resample > 1 and sampled:

@@ -86,7 +86,7 @@ def words_of(group: str, name: str) -> list[str]:
 
 WITH = {
     "combine": ["reward=[bleu,length]"],
-    "combine=lagrangian": ["combine.thresholds={length: 0.5}"],
+    "combine=lagrangian": ["combine.thresholds.length=0.5"],
     "combine=maxmin_records": ["combine.by_meta=team", "dataset.columns.meta.team=team"],
     "rollout=greedy": ["algo=sft"],  # equal samples are refused in training; recorded rows need none
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,6 @@ from rlhf_cli.prepass import Prepass
 from rlhf_cli.rewards.joining import Joining
 from rlhf_cli.rewards.nodes import reward_nodes, slot
 from rlhf_cli.state import Builder
-from rlhf_cli.types import Scorer
 
 
 def make_joining(
@@ -34,13 +34,22 @@ def make_joining(
 
 
 def make_scoring(
-    cfg: Any, plan: Plan, scorer: Scorer | None, comm: Comm, checks: gates.Gates, record: Any, join: Joining | None
-) -> stages.Stage:
-    """The stage that scores a step."""
+    cfg: Any,
+    plan: Plan,
+    scorer: Any,
+    comm: Comm,
+    checks: gates.Gates,
+    record: Any,
+    tokenizer: Any,
+    build: Builder,
+    ask: Callable[[], Prepass],
+) -> tuple[stages.Stage, Prepass | None]:
+    """The stage that scores a step, and the prepass that it compares with, made by `ask` where one is wanted."""
     if scorer is None:
-        return stages.keep
-    count = partial(record.count, stage="component")
-    took = partial(record.count, stage="time")
+        return stages.keep, None
+    prepass = ask() if plan_reward.wants(cfg).references else None
+    join = make_joining(cfg, plan, scorer, prepass, tokenizer, record.count, build)
+    count, took = partial(record.count, stage="component"), partial(record.count, stage="time")
     score = stages.scoring(scorer, comm, cfg.gates.failures, checks.reward, count, record.note, took, join)
     score = stages.shuffled(score, cfg.seed) if cfg.debug.get("shuffled_reward") else score
-    return stages.baselined(score, record.count) if plan.greedy else score
+    return (stages.baselined(score, record.count) if plan.greedy else score), prepass
