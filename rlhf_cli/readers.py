@@ -83,7 +83,6 @@ def follow(some: Sequence[Follower], step: int) -> None:
 def mask_sampler(cfg: Any, sampler: Any, readers: Mapping[str, Frozen], tokenizer: Any) -> None:
     """Let the sampler draw only what `rollout.mask` allows."""
     m = cfg.rollout.mask
-    if m.model and sampler is not None:
-        model: Any = readers[m.model].module.model
-        special = [*tokenizer.all_special_ids, *sampler.eos]
-        sampler.mask = Mask(model, top_p=m.top_p, min_tokens=m.min_tokens, special=special)
+    model: Any = readers[m.model].module.model
+    special = [*tokenizer.all_special_ids, *sampler.eos]
+    sampler.mask = Mask(model, top_p=m.top_p, min_tokens=m.min_tokens, special=special)
