@@ -5,6 +5,7 @@ Runs are in this process, and those of two processes in one pair of processes fo
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,15 @@ from rlhf_cli.hardware import free_port
 from rlhf_cli.launch.choose import launcher_of
 from rlhf_cli.launch.local import prepare
 
-RECIPES = [f"{group}={name}" for group in ("algo", "experiment") for name in sorted(catalog.groups().get(group, {}))]
+# State between steps, and a step of several rollouts: half of all responses hold such a letter.
+VARIANTS = [
+    "algo=ppo shaping=adaptive_kl shaping.adaptive_kl.target=0.001",
+    "algo=reinforce credit=running_mean",
+    'algo=dapo select=drop_zero_variance_mask_truncated reward=regex reward.regex.mode=search reward.regex.pattern="[a-t]"',
+]
+RECIPES = VARIANTS + [
+    f"{group}={name}" for group in ("algo", "experiment") for name in sorted(catalog.groups().get(group, {}))
+]
 # Two processes at ZeRO-3 for one of each kind of learner; the others shard nothing.
 ZERO3 = ("algo=ppo", "algo=ppo_shared")
 # A small learning rate: the order of sums moves last bits, and an update of 1e-4 would let the second step draw other tokens.
@@ -37,8 +46,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("recipes")]
 
 def words(recipe: str, name: str, folder: Path) -> list[str]:
     # Equal scores, which BLEU gives to random bytes, would leave whitened rounding errors to compare.
-    reward = ["reward=length"] if recipe.startswith("algo=") else []
-    return [recipe, *TINY, *SMALL, *reward, f"run.dir={folder}", f"run.name={name}"]
+    reward = ["reward=length"] if recipe.startswith("algo=") and "reward=" not in recipe else []
+    return [*recipe.split(), *TINY, *SMALL, *reward, f"run.dir={folder}", f"run.name={name}"]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +56,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def folder_of(recipe: str, place: Path) -> Path:
-    return place / f"two-{recipe.partition('=')[2]}"
+    return place / f"two-{name_of(recipe)}"
+
+
+def name_of(recipe: str) -> str:
+    """A folder's name."""
+    return re.sub(r"\W+", "-", recipe).strip("-")
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +110,7 @@ def finished(recipe: str, place: Path, pair: list[subprocess.Popen[bytes]]) -> P
 def test_a_recipe_runs_resumes_and_shards(
     recipe: str, pair: list[subprocess.Popen[bytes]], place: Path, rlhf: Callable[..., Done]
 ) -> None:
-    name = recipe.partition("=")[2]
+    name = name_of(recipe)
     done = rlhf("train", *words(recipe, name, place))
     if done.code and "not installed" in done.err:
         pytest.skip(f"{recipe} NEEDS A PACKAGE THAT IS NOT HERE: {done.err.splitlines()[-1]}")
