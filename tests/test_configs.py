@@ -38,6 +38,8 @@ REQUIRED = {
 
 
 FITTING = {
+    ("experiment", "rto"): ["frozen.dpo.path=RUN", "reward.model.path=RUN"],
+    ("experiment", "salsa"): ["model.soup.path=RUN"],
     ("shaping", "implicit_dpo"): ["algo=ppo", "frozen.dpo.path=RUN"],
     ("rollout", "greedy"): ["algo=sft"],  # equal samples are refused in training; recorded rows need none
 }
