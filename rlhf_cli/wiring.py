@@ -15,6 +15,7 @@ from rlhf_cli import gates, stages
 from rlhf_cli.data.loading import load
 from rlhf_cli.data.record import Record, as_demonstrations, check_lengths, check_references, leading
 from rlhf_cli.data.text import render, response_ids
+from rlhf_cli.detectors import Detectors
 from rlhf_cli.engine.comm import Comm
 from rlhf_cli.engine.deepspeed import DeepSpeedEngine, Frozen, Setup
 from rlhf_cli.models import fused, loading, packing
@@ -88,7 +89,8 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
         )
 
     checks = make_gates(cfg, sampler)
-    score = make_scoring(cfg, scorer, comm, checks, record)
+    detectors = make_detectors(cfg, scorer)
+    score = make_scoring(cfg, scorer, comm, checks, detectors, record)
     build = Builder(cfg.allow_targets)
     pipeline = make_pipeline(cfg, plan, build, record.count)
     run = Run(
@@ -105,7 +107,7 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
     )
     for name, (_, part) in (scorer.scorers if scorer is not None else {}).items():
         build.keep(f"reward.{name}", part)
-    state = {"source": source, "constant_reward": checks.constant, **build.state}
+    state = {"source": source, "constant_reward": checks.constant, "detectors": detectors, **build.state}
     eval_scorer = scorer if sampled else make_scorer(cfg) if scorable else None
     probe = partial(probe_rows, encoded=encoded[:2], records=train[:2])
     frozen = [reference.module] if reference is not None else []
@@ -305,13 +307,32 @@ def annotations(
 # -- rewards, updates --------------------------------------------------------------------------------------------------
 
 
-def make_scoring(cfg: Any, scorer: Scorer | None, comm: Comm, checks: gates.Gates, record: Any) -> stages.Stage:
-    """The stage that scores a step."""
+def make_detectors(cfg: Any, scorer: Any) -> Detectors:
+    """What looks at every scored step for signs of hacking, with the weights of the rewards and of those of form alone."""
+    weights, forms = {}, {}
+    for name, (weight, part) in (scorer.scorers if scorer is not None else {}).items():
+        made = getattr(part, "scorer", part)  # what runs in worker processes
+        weights[name] = weight
+        forms |= {name: weight} if getattr(made, "of_format", False) else {}
+        forms |= {f"{name}/{k}": weight * w for k, w in getattr(made, "forms", {}).items()}
+    return Detectors(cfg.detectors, weights, forms)
+
+
+def make_scoring(
+    cfg: Any, scorer: Scorer | None, comm: Comm, checks: gates.Gates, detectors: Detectors, record: Any
+) -> stages.Stage:
+    """The stage that scores a step, and looks at what it found."""
     if scorer is None:
         return stages.keep
     count = partial(record.count, stage="component")
     took = partial(record.count, stage="time")
-    score = stages.scoring(scorer, comm, cfg.gates.failures, checks.reward, count, record.note, took)
+    plain = stages.scoring(scorer, comm, cfg.gates.failures, checks.reward, count, record.note, took)
+
+    def score(exp: Experience) -> Experience:
+        exp = plain(exp)
+        record.count(detectors(exp), stage="hack")
+        return exp
+
     return stages.shuffled(score, cfg.seed) if cfg.debug.get("shuffled_reward") else score
 
 
