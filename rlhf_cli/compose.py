@@ -35,6 +35,7 @@ OPEN = (
     "dataset.columns.",
     "hardware.deepspeed.",
     "rollout.vllm.engine.",
+    "combine.thresholds.",
     "launcher.sbatch.",
     "debug.",
     "judge.extra.",
@@ -136,11 +137,8 @@ def check_overrides(
     asked = [parse_override(text) for text in overrides]
     known, default = catalog.groups(config_dir), catalog.defaults(config_name)
     kept: list[Override] = []
-    twice = [
-        o
-        for i, o in enumerate(asked)
-        if o.key_or_group in known and o.key_or_group in {p.key_or_group for p in asked[:i]}
-    ]
+    places = [(o.key_or_group, o.package) for o in asked]  # reduce@one.place and reduce@another are two choices
+    twice = [o for i, o in enumerate(asked) if o.key_or_group in known and places[i] in places[:i]]
     if twice and not sweep:
         group = twice[0].key_or_group
         both = ",".join(p.input_line.partition("=")[2] for p in asked if p.key_or_group == group and p.input_line)
@@ -186,7 +184,8 @@ def _line(o: Override, terms: tuple[str, ...] = ()) -> str:
     if column != key and "." in column and not o.is_sweep_override():
         return f"++dataset.columns={{{column}: {value or repr('')}}}"
     whole_term = key.startswith("updates.") and key.count(".") == 2 and isinstance(o.value(), dict)
-    return f"++{text}" if key.startswith((*OPEN, *terms)) or whole_term else text
+    parts = key.startswith("reward.") and ".parts" in key  # of a reward, which no option lists
+    return f"++{text}" if key.startswith((*OPEN, *terms)) or whole_term or parts else text
 
 
 def parse_override(text: str) -> Override:

@@ -37,6 +37,7 @@ class BatchSection:
     samples: int = 8  # responses per prompt
     epochs: int = 1  # passes over a step's rows
     minibatches: int = 1  # optimizer steps per pass; whole groups each
+    resample: int = 1  # rollouts a step may take until batch.prompts groups survive select; 1: it is smaller then
 
 
 @dataclass
@@ -105,7 +106,7 @@ class DetectorsSection:
 class LearnerSection:
     """A trained model: its head, where it starts, its own learning rate."""
 
-    head: str = "policy"  # policy (next-token log-probs) | value (a number per token) | score (a number per row)
+    head: str = "policy"  # policy (next-token log-probs) | value (a number per token) | policy_value (both) | score (a number per row)
     path: str = ""  # folder or run to start from; empty: `model`
     lr: float | None = None  # empty: optim.lr
     starts_at: int = 0  # first step at which it is updated
@@ -219,6 +220,14 @@ class RewardWorkersSection:
 
 
 @dataclass
+class PrepassSection:
+    """Responses of the initial policy to every training prompt, where a stage compares with them; see docs/shaping.md."""
+
+    samples: int = 10  # responses per training prompt
+    path: str = ""  # a run, or its prepass.jsonl, whose responses and scores are used instead; empty: made before the first step
+
+
+@dataclass
 class JudgeSection:
     """The model that rewards such as reward=judge ask; see docs/judges.md."""
 
@@ -282,6 +291,8 @@ class Root:
     source: Any = None  # conf/source
     reward: Any = None  # conf/reward: name -> scorer with a weight
     reward_workers: RewardWorkersSection = field(default_factory=RewardWorkersSection)
+    combine: Any = None  # conf/combine: how several rewards become one; empty: their weighted sum
+    prepass: PrepassSection = field(default_factory=PrepassSection)
     judge: JudgeSection = field(default_factory=JudgeSection)
     shaping: Any = None  # conf/shaping: name -> function
     select: Any = None  # conf/select

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,19 +16,22 @@ from rlhf_cli import gates, stages
 from rlhf_cli.data.loading import load
 from rlhf_cli.data.record import Record, as_demonstrations, check_lengths, check_references, leading
 from rlhf_cli.data.text import render, response_ids
-from rlhf_cli.detectors import Detectors
 from rlhf_cli.engine.comm import Comm
 from rlhf_cli.engine.deepspeed import DeepSpeedEngine, Frozen, Setup
 from rlhf_cli.models import fused, loading, packing
-from rlhf_cli.models.heads import PolicyHead, ScalarHead, inner
+from rlhf_cli.models.heads import PolicyHead, ScalarHead, SharedHead, inner
 from rlhf_cli.models.lora import add_lora, reference_disabled
 from rlhf_cli.pipeline import make_pipeline
-from rlhf_cli.plan import Plan, learner_sections, validate
+from rlhf_cli.plan import HEADS, Plan, learner_sections, validate
+from rlhf_cli.prepass import Prepass, make_prepass
+from rlhf_cli.rewards.direction import written
 from rlhf_cli.rewards.make import make_scorer
+from rlhf_cli.rewards.stage import make_scoring
 from rlhf_cli.rollout.backends import backend
 from rlhf_cli.rollout.sampler import Sampler
 from rlhf_cli.sources.assemble import rows, sample_of
 from rlhf_cli.sources.recorded import Recorded
+from rlhf_cli.sources.resampled import Resampled
 from rlhf_cli.sources.sampled import Sampled
 from rlhf_cli.state import Builder
 from rlhf_cli.types import Experience, Run, Scorer
@@ -49,10 +53,11 @@ class Parts:
     recorded_heldout: Recorded | None
     gates: gates.Gates
     state: dict[str, Any]  # name -> object with state_dict
+    prepass: Prepass | None = None  # runs before the first step
 
 
-def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
-    """Build everything a training run needs. Raises ConfigError for what only data and models can tell."""
+def make_run(cfg: Any, comm: Comm, record: Any, folder: Path | None = None) -> tuple[Run, Parts]:
+    """Build everything a training run needs; `folder` is its directory. Raises ConfigError for what only data and models can tell."""
     plan = validate(cfg)
     sampled = plan.source == "sampled"
     scorer = make_scorer(cfg) if sampled else None
@@ -68,16 +73,17 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
     sections = learner_sections(cfg)
     heads = {name: make_head(cfg, section, comm, plan) for name, section in sections.items()}
     reference = make_reference(cfg, heads, plan, comm)
-    scorable = plan.learners.get("policy") == "policy" and can_score(cfg, heldout)
+    scorable = "policy" in plan.learners and can_score(cfg, heldout)
     actor = make_actor(cfg, heads, plan, comm) if sampled or scorable else None
     engines = {name: DeepSpeedEngine(name, head, setup_of(cfg, sections[name]), comm) for name, head in heads.items()}
     sampler, publish = make_sampler(cfg, actor, tokenizer, comm, engines.get("policy"), record.count)
+    rest = _nothing
     if sampled:
         assert sampler is not None
         rest = getattr(sampler, "rest", _nothing)  # an engine that gives its memory back while the learner trains
         source: Any = Sampled(
             train, encoded, sampler, publish, comm, prompts=cfg.batch.prompts, samples=cfg.batch.samples, seed=cfg.seed,
-            begin=scorer.begin if scorer is not None else None, rest=rest,
+            greedy=plan.greedy, begin=scorer.begin if scorer is not None else None, rest=rest,
         )  # fmt: skip
     else:
         answers = encode_answers(train, tokenizer, cfg)
@@ -89,16 +95,21 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
         )
 
     checks = make_gates(cfg, sampler)
-    detectors = make_detectors(cfg, scorer)
-    score = make_scoring(cfg, scorer, comm, checks, detectors, record)
     build = Builder(cfg.allow_targets)
+    ask = partial(make_prepass, cfg, train, encoded, sampler, scorer, comm, folder, rest)
+    score, prepass = make_scoring(cfg, plan, scorer, comm, checks, record, tokenizer, build, ask)
     pipeline = make_pipeline(cfg, plan, build, record.count)
+    stages_of = vars(pipeline) | {"score": score}
+    if cfg.batch.resample > 1 and sampled:
+        source = Resampled(
+            source, score, pipeline.select, prompts=cfg.batch.prompts, rounds=cfg.batch.resample, count=record.count, phase=record.phase
+        )  # fmt: skip
+        stages_of |= {"score": stages.keep, "select": stages.keep}
     run = Run(
         source=source,
-        score=score,
         annotate=stages.annotating(annotations(plan, engines, reference)),
         engines=engines,
-        **vars(pipeline),
+        **stages_of,
         check=checks,
         after=lambda step: False,
         record=record,
@@ -107,7 +118,7 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
     )
     for name, (_, part) in (scorer.scorers if scorer is not None else {}).items():
         build.keep(f"reward.{name}", part)
-    state = {"source": source, "constant_reward": checks.constant, "detectors": detectors, **build.state}
+    state = {"source": source, "constant_reward": checks.constant, **build.state}
     eval_scorer = scorer if sampled else make_scorer(cfg) if scorable else None
     probe = partial(probe_rows, encoded=encoded[:2], records=train[:2])
     frozen = [reference.module] if reference is not None else []
@@ -124,6 +135,7 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
         recorded_heldout=recorded_heldout,
         gates=checks,
         state=state,
+        prepass=prepass,
     )
 
 
@@ -186,7 +198,7 @@ def _nothing() -> None:
 
 def load_records(cfg: Any, plan: Plan) -> tuple[list[Record], list[Record]]:
     """Train and held-out records; as demonstrations where no stage reads preferences, so that nothing imitates a rejected response."""
-    train, heldout = load(cfg.dataset, "train"), load(cfg.dataset, "heldout")
+    train, heldout = (written(load(cfg.dataset, split), cfg) for split in ("train", "heldout"))
     heldout = leading(heldout, cfg.eval.prompts)
     judged = {"pairs", "margin", "pair_weight", "label", "score"}
     if plan.source == "recorded" and not any(judged & s.needs for s in plan.stages):
@@ -229,14 +241,18 @@ def make_head(cfg: Any, section: Any, comm: Comm, plan: Plan) -> nn.Module:
     model_cfg = copy.deepcopy(cfg.model)
     if section.path:
         model_cfg.path, model_cfg.source, model_cfg.revision = section.path, "auto", ""
-    load_model = loading.load_causal if section.head == "policy" else loading.load_scalar
+    causal = "logp" in HEADS[section.head]
+    load_model = loading.load_causal if causal else loading.load_scalar
     model = load_model(model_cfg, dtype=dtype_of(cfg), seed=cfg.seed)
     if cfg.model.lora.r:
         model = add_lora(model, cfg.model.lora, cfg.seed)
     prepare(model, checkpointing=cfg.model.checkpointing)
     model.to(comm.device)
-    if section.head == "policy":
-        return PolicyHead(model, temperature=temperature_of(cfg, plan), packing=cfg.model.packing)
+    if causal:
+        settings: Any = {"temperature": temperature_of(cfg, plan), "packing": cfg.model.packing}
+        shared = "value_new" in HEADS[section.head]
+        head = SharedHead(model, **settings, seed=cfg.seed) if shared else PolicyHead(model, **settings)
+        return head.to(comm.device)
     return ScalarHead(model, packing=cfg.model.packing)
 
 
@@ -295,7 +311,7 @@ def annotations(
     plan: Plan, engines: Mapping[str, DeepSpeedEngine], reference: Frozen | None
 ) -> dict[str, tuple[Any, str]]:
     """Columns filled from models: name -> (model, its output)."""
-    critic = next((engines[n] for n, head in plan.learners.items() if head == "value"), None)
+    critic = next((engines[n] for n, head in plan.learners.items() if "value_new" in HEADS[head]), None)
     makers = {
         "old_logp": (engines.get("policy"), "logp"),
         "ref_logp": (reference, "logp"),
@@ -305,35 +321,6 @@ def annotations(
 
 
 # -- rewards, updates --------------------------------------------------------------------------------------------------
-
-
-def make_detectors(cfg: Any, scorer: Any) -> Detectors:
-    """What looks at every scored step for signs of hacking, with the weights of the rewards and of those of form alone."""
-    weights, forms = {}, {}
-    for name, (weight, part) in (scorer.scorers if scorer is not None else {}).items():
-        made = getattr(part, "scorer", part)  # what runs in worker processes
-        weights[name] = weight
-        forms |= {name: weight} if getattr(made, "of_format", False) else {}
-        forms |= {f"{name}/{k}": weight * w for k, w in getattr(made, "forms", {}).items()}
-    return Detectors(cfg.detectors, weights, forms)
-
-
-def make_scoring(
-    cfg: Any, scorer: Scorer | None, comm: Comm, checks: gates.Gates, detectors: Detectors, record: Any
-) -> stages.Stage:
-    """The stage that scores a step, and looks at what it found."""
-    if scorer is None:
-        return stages.keep
-    count = partial(record.count, stage="component")
-    took = partial(record.count, stage="time")
-    plain = stages.scoring(scorer, comm, cfg.gates.failures, checks.reward, count, record.note, took)
-
-    def score(exp: Experience) -> Experience:
-        exp = plain(exp)
-        record.count(detectors(exp), stage="hack")
-        return exp
-
-    return stages.shuffled(score, cfg.seed) if cfg.debug.get("shuffled_reward") else score
 
 
 def check_invariance(engine: DeepSpeedEngine, exp: Experience, want: str, limit: float, rows: int = 4) -> float:

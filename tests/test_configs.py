@@ -17,6 +17,7 @@ from rlhf_cli.errors import ConfigError
 from rlhf_cli.override import inherit, override
 from rlhf_cli.plan import validate
 from rlhf_cli.report.planned import describe
+from rlhf_cli.rewards.nodes import RESERVED, RULE_RESERVED
 
 OPTIONS = [(group, name) for group, found in catalog.groups().items() for name in found]
 SHAPE_FITS = {"prompts": "grpo", "pairs": "dpo", "rankings": "dpo", "demonstrations": "sft"}
@@ -64,22 +65,31 @@ def words_of(group: str, name: str) -> list[str]:
     if group == "credit":
         return [
             f"credit={name}",
-            f"algo={'ppo' if name == 'gae' else 'sft' if name == 'none' else 'grpo'}",
+            f"algo={'ppo' if name.startswith('gae') else 'sft' if name == 'none' else 'grpo'}",
             *reader(name),
         ]
     if group == "select":
         return [f"select={name}", f"algo={'dpo' if 'pairs' in name or 'worst' in name else 'grpo'}"]
     if group == "shaping" and name.partition("_")[0] in ("kl", "adaptive"):
         return [f"shaping={name}", "credit=group_norm_to_go"]
-    if (group, name) == ("rollout", "greedy"):  # equal samples are refused in training; recorded rows need none
-        return ["rollout=greedy", "algo=sft"]
     if (group, name) == ("rollout", "vllm") and not importlib.util.find_spec("vllm"):
         pytest.skip("vLLM IS NOT INSTALLED: type make vllm")
     if group == "source":
         return [f"source={name}", f"algo={'sft' if name == 'recorded' else 'grpo'}"]
-    return [f"{group}={name}", *([REQUIRED[name]] if group in ("reward", "hardware") and name in REQUIRED else [])]
+    return [
+        f"{group}={name}",
+        *WITH.get(group, []),
+        *WITH.get(f"{group}={name}", []),
+        *([REQUIRED[name]] if group in ("reward", "hardware") and name in REQUIRED else []),
+    ]
 
 
+WITH = {
+    "combine": ["reward=[bleu,length]"],
+    "combine=lagrangian": ["combine.thresholds.length=0.5"],
+    "combine=maxmin_records": ["combine.by_meta=team", "dataset.columns.meta.team=team"],
+    "rollout=greedy": ["algo=sft"],  # equal samples are refused in training; recorded rows need none
+}
 PAIRS = ["dataset=preferences", "dataset.path=DATA"]
 
 
@@ -120,17 +130,16 @@ def test_every_option_composes_builds_and_plans(group: str, name: str) -> None:
     if group not in ("algo", "debug", "objective", "reduce"):
         assert name in str(cfg.names[group])
     plain = OmegaConf.to_container(cfg, resolve=True)
-    reserved = ("weight",)
     found = list(nodes(plain, ""))
     assert found
     for key, node in found:
-        kept = reserved if key.startswith("reward.") else ()
+        kept = RESERVED if key.startswith("reward.") else RULE_RESERVED if key == "combine" else ()
         check_node(node, key, reserved=kept)
         if node["_target_"] not in NEEDS_PATH and not key.startswith("tracker."):
             assert callable(build(node, key, reserved=kept)), key
     plan = validate(cfg)
     assert plan.stages and plan.learners
-    if group in ("credit", "reward", "shaping", "objective", "reduce") and name != "none":
+    if group in ("credit", "combine", "reward", "shaping", "objective", "reduce") and name != "none":
         target = option_node(group, name)
         target = target if "_target_" in target else next(iter(target.values()))
         last = target["_target_"].rpartition(".")[2]
@@ -248,3 +257,11 @@ def test_a_run_is_measured_on_what_it_was_trained_on() -> None:
     made = inherit(compose("eval", words, None), run, words, ("dataset", "reward", "rollout"))
     assert (made.dataset.path, made.dataset.limit, made.rollout.max_tokens) == ("mine.jsonl", 3, 7)
     assert list(made.reward) == ["chrf"]
+
+
+def test_one_group_is_chosen_at_several_places() -> None:
+    places = [f"reduce@updates.policy.{term}.reduce" for term in ("surrogate", "kl")]
+    cfg = train_cfg("algo=grpo", *(f"{place}=sequence_sum" for place in places))
+    assert [cfg.names[place] for place in places] == ["sequence_sum"] * 2
+    with pytest.raises(ConfigError, match="reduce is given twice"):
+        train_cfg("algo=grpo", f"{places[0]}=sequence_sum", f"{places[0]}=token_mean")
