@@ -80,6 +80,23 @@ class GatesSection:
 
 
 @dataclass
+class DetectorsSection:
+    """Signs of reward hacking, logged under hack/; a limit that is given stops the run. See docs/gates.md."""
+
+    enabled: bool = True  # log them
+    rows: int = 32  # responses of a step whose tokens are looked at
+    steps: int = 5  # steps in a row beyond a limit before the run stops
+    length_corr: float | None = None  # limit of |rank correlation of score and length| over the batch; empty: none
+    length_corr_within: float | None = None  # the same inside groups, their mean
+    repeated: float | None = None  # limit of repeated trigrams in a response, of all, 0 to 1
+    copied: float | None = None  # limit of the longest piece copied from the prompt, of the response, 0 to 1
+    alike: float | None = None  # limit of trigrams that the responses to one prompt share, of all, 0 to 1
+    zero_variance: float | None = None  # limit of groups whose scores are all equal, 0 to 1
+    format_share: float | None = None  # limit of the part of the reward that form alone earns, 0 to 1
+    truncated: float | None = None  # limit of truncated responses, 0 to 1
+
+
+@dataclass
 class LearnerSection:
     """A trained model: its head, where it starts, its own learning rate."""
 
@@ -294,6 +311,7 @@ class Root:
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     eval: EvalSection = field(default_factory=EvalSection)
     gates: GatesSection = field(default_factory=GatesSection)
+    detectors: DetectorsSection = field(default_factory=DetectorsSection)
     model: ModelSection = field(default_factory=ModelSection)
     dataset: DatasetSection = field(default_factory=DatasetSection)
     hardware: HardwareSection = field(default_factory=HardwareSection)
