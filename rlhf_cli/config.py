@@ -239,6 +239,7 @@ class Root:
     sweep: SweepSection = field(default_factory=SweepSection)
     learners: dict[str, LearnerSection] = field(default_factory=dict)
     source: Any = None  # conf/source
+    environment: Any = None  # conf/environment: the other party of a dialogue; empty: single responses
     reward: Any = None  # conf/reward: name -> scorer with a weight
     reward_workers: RewardWorkersSection = field(default_factory=RewardWorkersSection)
     shaping: Any = None  # conf/shaping: name -> function

@@ -9,6 +9,7 @@ from typing import Any
 from rlhf_cli import standins
 from rlhf_cli.checks import check_numbers
 from rlhf_cli.config import check_node, nearest
+from rlhf_cli.environments import section as dialogue
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.signature import Signature
 
@@ -44,6 +45,7 @@ def validate(cfg: Any) -> Plan:
     """Walk the stages in order; every column a stage takes must have been made by an earlier one. Raises ConfigError in one sentence."""
     check_numbers(cfg)
     plan = Plan(source=source_kind(cfg))
+    dialogue.check(cfg, plan.source)
     have = set(BASE)
     _source(cfg, plan, have)
     _scorers(cfg, plan, have)
@@ -143,6 +145,8 @@ def _why_absent(cfg: Any, plan: Plan, column: str, learner: str) -> str:
         return f"learner {learner!r} has no score head: set learners.{learner}.head=score"
     if column in ("advantage", "returns"):
         return "no credit rule gives it: type credit=group_norm (rlhf list credit)"
+    if column == "turn_reward":
+        return "only the turns of a dialogue have one: type environment=NAME (rlhf list environment)"
     if column == "behavior_logp":
         return "recorded rows were not drawn by this policy: type source=sampled"
     if column in ("label", "margin", "pair_weight"):
@@ -156,16 +160,12 @@ def _source(cfg: Any, plan: Plan, have: set[str]) -> None:
     gives = _dataset_gives(cfg)
     where = cfg.dataset.path or cfg.dataset.format
     if plan.source == "sampled":
-        have.update(SAMPLED)
+        talks = dialogue.chosen(cfg)
+        made = (*SAMPLED, *(("turn_reward",) if talks else ()))
+        have.update(made)
         plan.models["policy"] = "answers the prompts"
-        plan.stages.append(
-            Stage(
-                "source",
-                f"sample {cfg.batch.samples} responses to each prompt of {where}",
-                frozenset(),
-                (*BASE, *SAMPLED),
-            )
-        )
+        does = dialogue.does(cfg) if talks else f"sample {cfg.batch.samples} responses to each prompt of {where}"
+        plan.stages.append(Stage("source", does, frozenset(), (*BASE, *made)))
         return
     if not gives & {"responses", "references"}:
         raise ConfigError(

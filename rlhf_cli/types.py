@@ -48,6 +48,7 @@ class Experience:
     label: Tensor = column("N")  # recorded feedback: rating, or 1/0 for thumbs up/down
     score: Tensor = column("N")
     reward: Tensor = column("N T")
+    turn_reward: Tensor = column("N T")  # what the environment gave for each turn, at that turn's last trained token
     behavior_logp: Tensor = column("N T")
     old_logp: Tensor = column("N T")
     ref_logp: Tensor = column("N T")

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from rlhf_cli import gates, stages
 from rlhf_cli.data.loading import load
 from rlhf_cli.data.record import Record, as_demonstrations, check_lengths, check_references, leading
-from rlhf_cli.data.text import render, response_ids
+from rlhf_cli.data.text import check_dialogue, render, response_ids
 from rlhf_cli.engine.comm import Comm
 from rlhf_cli.engine.deepspeed import DeepSpeedEngine, Frozen, Setup
+from rlhf_cli.environments import section as dialogue
 from rlhf_cli.models import fused, loading, packing
 from rlhf_cli.models.heads import PolicyHead, ScalarHead, inner
 from rlhf_cli.models.lora import add_lora, reference_disabled
@@ -26,6 +27,8 @@ from rlhf_cli.rewards.make import make_scorer
 from rlhf_cli.rollout.backends import backend
 from rlhf_cli.rollout.sampler import Sampler
 from rlhf_cli.sources.assemble import rows, sample_of
+from rlhf_cli.sources.episodes import Episodes
+from rlhf_cli.sources.play import Player
 from rlhf_cli.sources.recorded import Recorded
 from rlhf_cli.sources.sampled import Sampled
 from rlhf_cli.state import Builder
@@ -45,6 +48,7 @@ class Parts:
     probe: Callable[[Run], Experience]  # a few rows for the gates at the start
     heldout: list[Record]
     encoded_heldout: list[list[int]]
+    player: Player | None  # of dialogues, where there is an environment
     recorded_heldout: Recorded | None
     gates: gates.Gates
     state: dict[str, Any]  # name -> object with state_dict
@@ -60,8 +64,9 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
     require_references(scorer, [*train, *heldout])
     if scorer is not None:
         scorer.start()
-    encoded = encode(train, tokenizer, cfg)
-    encoded_heldout = encode(heldout, tokenizer, cfg)
+    environment = dialogue.make(cfg) if dialogue.chosen(cfg) else None
+    encoded = encode(train, tokenizer, cfg, environment)
+    encoded_heldout = encode(heldout, tokenizer, cfg, environment)
 
     packing.register()
     sections = learner_sections(cfg)
@@ -74,7 +79,8 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
     if sampled:
         assert sampler is not None
         rest = getattr(sampler, "rest", _nothing)  # an engine that gives its memory back while the learner trains
-        source: Any = Sampled(
+        draws: Any = partial(Episodes, make_player(cfg, environment, sampler)) if environment is not None else Sampled
+        source: Any = draws(
             train, encoded, sampler, publish, comm, prompts=cfg.batch.prompts, samples=cfg.batch.samples, seed=cfg.seed,
             begin=scorer.begin if scorer is not None else None, rest=rest,
         )  # fmt: skip
@@ -119,6 +125,7 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
         probe=probe,
         heldout=heldout,
         encoded_heldout=encoded_heldout,
+        player=make_player(cfg, environment, sampler),
         recorded_heldout=recorded_heldout,
         gates=checks,
         state=state,
@@ -144,6 +151,16 @@ def make_sampler(
     publish = chosen.make_publish(cfg, sampler, actor, learner, comm, count)
     publish()
     return sampler, publish
+
+
+def make_player(cfg: Any, environment: Any, sampler: Any) -> Player | None:
+    """What plays dialogues with an environment; None without one."""
+    if environment is None or sampler is None:
+        return None
+    s, rows = cfg.environment, cfg.environment["rows"]
+    if rows == "episode":
+        check_dialogue(sampler.tokenizer, cfg.dataset.chat)
+    return Player(environment, sampler, cfg.dataset.chat, rows, s["turns"], cfg.dataset.max_prompt_tokens)
 
 
 def make_gates(cfg: Any, sampler: Sampler | None) -> gates.Gates:
@@ -199,9 +216,10 @@ def require_references(scorer: Any, records: Sequence[Record]) -> None:
             check_references(records, f"reward={name}")
 
 
-def encode(records: Sequence[Record], tokenizer: Any, cfg: Any) -> list[list[int]]:
-    """Prompt ids of every record; too long ones are refused by file and line."""
-    ids = [render(r.messages, tokenizer, cfg.dataset.chat) for r in records]
+def encode(records: Sequence[Record], tokenizer: Any, cfg: Any, environment: Any = None) -> list[list[int]]:
+    """Prompt ids of every record, as its environment opens it; too long ones are refused by file and line."""
+    opened = [r.messages if environment is None else environment.reset(r, 0).messages for r in records]
+    ids = [render(messages, tokenizer, cfg.dataset.chat) for messages in opened]
     check_lengths(records, [len(x) for x in ids], cfg.dataset.max_prompt_tokens)
     return ids
 
