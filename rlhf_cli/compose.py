@@ -37,6 +37,7 @@ OPEN = (
     "rollout.vllm.engine.",
     "launcher.sbatch.",
     "debug.",
+    "judge.extra.",
 )  # sections whose keys the schema leaves open
 
 

@@ -202,6 +202,29 @@ class RewardWorkersSection:
 
 
 @dataclass
+class JudgeSection:
+    """The model that rewards such as reward=judge ask; see docs/judges.md."""
+
+    backend: str = "openai"  # openai (an endpoint that speaks its protocol) | transformers (a model in this process) | rule (a stand-in without a model)
+    url: str = ""  # base URL of the endpoint, e.g. http://127.0.0.1:8000/v1
+    model: str = ""  # openai: its name there; transformers: a folder, a run, a Hub id or smollm2; rule: hash | length
+    meta_model: str = ""  # openai: the one that rewrites rubrics; empty: model
+    key_env: str = "OPENAI_API_KEY"  # environment variable that holds the key, which stands nowhere else
+    concurrency: int = 16  # requests at a time, per rank
+    timeout: float = 60.0  # seconds per request
+    retries: int = 5  # further attempts after a time-out, a lost connection, status 429 or 5xx, with growing pauses
+    cache: str = "run"  # of replies: run (inside the run directory) | none | a folder that several runs share
+    temperature: float = 0.0  # of the judge's replies
+    max_tokens: int = 512  # of a reply; 0 leaves it to the endpoint
+    structured: bool = True  # send the JSON schema of the reply; false for endpoints that refuse response_format
+    device: str = "auto"  # transformers: auto (the run's) | cpu | cuda
+    dtype: str = "fp32"  # transformers: fp32 | bf16
+    extra: dict[str, Any] = field(
+        default_factory=dict
+    )  # more fields of every request, e.g. judge.extra.reasoning_effort=low
+
+
+@dataclass
 class SweepSection:
     """`rlhf train -m`: where its points lie, how they run, what a search improves; see docs/sweeps.md."""
 
@@ -242,6 +265,7 @@ class Root:
     environment: Any = None  # conf/environment: the other party of a dialogue; empty: single responses
     reward: Any = None  # conf/reward: name -> scorer with a weight
     reward_workers: RewardWorkersSection = field(default_factory=RewardWorkersSection)
+    judge: JudgeSection = field(default_factory=JudgeSection)
     shaping: Any = None  # conf/shaping: name -> function
     select: Any = None  # conf/select
     credit: Any = None  # conf/credit

@@ -11,6 +11,7 @@ from rlhf_cli.checks import check_numbers
 from rlhf_cli.config import check_node, nearest
 from rlhf_cli.environments import section as dialogue
 from rlhf_cli.errors import ConfigError
+from rlhf_cli.judges.judge import check_section, describe
 from rlhf_cli.signature import Signature
 
 BASE = ("ids", "attention", "mask", "group", "version")
@@ -199,6 +200,9 @@ def _scorers(cfg: Any, plan: Plan, have: set[str]) -> None:
             Stage(f"reward.{name}", f"{_short(sig)} x {float(node.get('weight', 1.0)):g}", frozenset(), ("score",))
         )
         have.add("score")
+        if sig.flags.get("asks_judge"):
+            check_section(cfg.judge)
+            plan.models["judge"] = describe(cfg.judge)
         if sig.flags.get("loads_model"):
             plan.models[f"reward.{name}"] = f"scores responses ({node['path']})"
 

@@ -33,6 +33,10 @@ def _ignore(*_: Any) -> None:
     pass
 
 
+def _see_nothing(samples: Any, scores: Any, comm: Any) -> None:
+    pass
+
+
 def scoring(
     scorer: Scorer,
     comm: Comm,
@@ -40,17 +44,20 @@ def scoring(
     watch: Callable[[Tensor], None],
     count: Callable[[Mapping[str, float]], None] = _ignore,
     note: Callable[[str], None] = _ignore,
+    took: Callable[[Mapping[str, float]], None] = _ignore,
 ) -> Stage:
     """Score whole groups, each on one rank, and drop the rows whose score is missing.
 
     `max_failures`: largest fraction of missing scores tolerated in a step. `watch` sees the raw scores that are there,
-    `count` how many each reward lacks, `note` the first reason.
+    `count` how many each reward lacks, `note` the first reason, `took` what the scorers spent. A scorer with `observe` is
+    shown the whole scored step on every rank, once all have scored it.
     """
 
     def score(exp: Experience) -> Experience:
         scores = score_sharded(scorer, exp, comm)
         missing = scores.missing if scores.missing is not None else torch.zeros(len(exp), dtype=torch.bool)
         count({f"{k}/missing": float(x.isnan().sum()) for k, x in scores.components.items() if "/" not in k})
+        took(scores.timing)
         first = first_reason(scores, exp.samples)
         if missing.float().mean() > max_failures:
             raise GateError(
@@ -59,6 +66,7 @@ def scoring(
             )
         if first:
             note(f"{len(scores.reasons)} of {len(exp)} responses lack a score; {first}")
+        getattr(scorer, "observe", _see_nothing)(exp.samples, scores, comm)
         exp = replace(exp, score=scores.value, components=dict(scores.components))
         exp = exp.rows((~missing).nonzero().flatten()) if missing.any() else exp
         watch(exp.score)
@@ -81,9 +89,12 @@ def score_sharded(scorer: Scorer, exp: Experience, comm: Comm) -> Scores:
     value, missing = torch.zeros(len(exp)), torch.zeros(len(exp), dtype=torch.bool)
     components: dict[str, Tensor] = {}
     reasons: dict[int, str] = {}
+    timing: dict[str, float] = {}
     for rows, scores in gathered:
         if scores is None:
             continue
+        for name, spent in scores.timing.items():
+            timing[name] = timing.get(name, 0.0) + spent
         if scores.spans:
             raise GateError(
                 "a reward gives spans (token rewards), and this version places values only; return one number a response"
@@ -94,7 +105,7 @@ def score_sharded(scorer: Scorer, exp: Experience, comm: Comm) -> Scores:
         reasons |= {int(rows[i]): why for i, why in scores.reasons.items()}
         for name, x in scores.components.items():
             components.setdefault(name, torch.full((len(exp),), float("nan")))[rows] = x.float()
-    return Scores(value, missing, components, reasons=reasons)
+    return Scores(value, missing, components, reasons=reasons, timing=timing)
 
 
 def scored_by(samples: Sequence[Sample], group: Tensor, world: int) -> Tensor:

@@ -1,4 +1,7 @@
-"""What stands in, under `debug.stand_ins`, for models that a recipe needs and nobody named: tiny random ones. Imports no torch."""
+"""What stands in, under `debug.stand_ins`, for models that a recipe needs and nobody named: tiny random ones, and a rule for a judge.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import Any
 
 from rlhf_cli.config import check_node
 from rlhf_cli.errors import ConfigError
+from rlhf_cli.judges.judge import configured
 
 PREFIX = "tiny:"  # tiny:SEED is the random two-layer model of that seed
 
@@ -26,16 +30,19 @@ def fill(cfg: Any) -> None:
     if cfg.debug.get("stand_ins"):
         for seed, (_, node) in enumerate(_unnamed(cfg), 1):
             node["path"] = f"{PREFIX}{seed}"
+        if not configured(cfg.judge) and any(_flag(cfg, node, key, "asks_judge") for key, node in _rewards(cfg)):
+            cfg.judge.backend = "rule"
 
 
 def notes(cfg: Any) -> list[str]:
     """One sentence for the plan where a random model stands in."""
     names = [key for key, node in _models(cfg) if str(node.get("path") or "").startswith(PREFIX)]
-    return (
-        [f"{', '.join(names)}: a random tiny model stands in (debug.stand_ins); its numbers mean nothing"]
-        if names
-        else []
-    )
+    said = []
+    if names:
+        said = [f"{', '.join(names)}: a random tiny model stands in (debug.stand_ins); its numbers mean nothing"]
+    if cfg.judge.backend == "rule" and cfg.debug.get("stand_ins"):
+        said.append("judge: a rule answers without reading (debug.stand_ins); its numbers mean nothing")
+    return said
 
 
 def _unnamed(cfg: Any) -> Iterator[tuple[str, Any]]:
@@ -44,14 +51,17 @@ def _unnamed(cfg: Any) -> Iterator[tuple[str, Any]]:
 
 def _models(cfg: Any) -> Iterator[tuple[str, Any]]:
     """(key, node) of every reward that loads a model by path."""
-    for name, node in (cfg.reward or {}).items():
-        if isinstance(node, Mapping) and "path" in node and _loads_model(cfg, node, f"reward.{name}"):
-            yield f"reward.{name}", node
+    return ((key, node) for key, node in _rewards(cfg) if "path" in node and _flag(cfg, node, key, "loads_model"))
 
 
-def _loads_model(cfg: Any, node: Mapping[str, Any], key: str) -> bool:
+def _rewards(cfg: Any) -> Iterator[tuple[str, Any]]:
+    nodes = ((f"reward.{name}", node) for name, node in (cfg.reward or {}).items())
+    return ((key, node) for key, node in nodes if isinstance(node, Mapping))
+
+
+def _flag(cfg: Any, node: Mapping[str, Any], key: str, flag: str) -> bool:
     try:
         signature, _ = check_node(node, key, allow=cfg.allow_targets, reserved=("weight",))
     except ConfigError:
         return False  # the planner says what is wrong
-    return bool(signature.flags.get("loads_model"))
+    return bool(signature.flags.get(flag))

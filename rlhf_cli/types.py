@@ -104,7 +104,8 @@ class Scores:
     """What a scorer returns. A failed score is *missing*, never 0: its row leaves the group statistics and the loss.
 
     `spans` are character ranges of the response, (row, start, end, value), so a scorer's tokenizer need not be the policy's.
-    `reasons` say why a row is missing, where that is known: row -> text.
+    `reasons` say why a row is missing, where that is known: row -> text. `timing` holds numbers that a repeated run need
+    not repeat (seconds, retries, cache hits); they are summed over ranks and logged under `time/`.
     """
 
     value: Tensor  # [N] float32
@@ -112,6 +113,7 @@ class Scores:
     components: Mapping[str, Tensor] = field(default_factory=dict)
     spans: Sequence[tuple[int, int, int, float]] | None = None
     reasons: Mapping[int, str] = field(default_factory=dict)
+    timing: Mapping[str, float] = field(default_factory=dict)
 
 
 class Credit(NamedTuple):

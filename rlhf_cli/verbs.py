@@ -19,11 +19,11 @@ from rlhf_cli.errors import ConfigError
 from rlhf_cli.models import loading
 from rlhf_cli.report import evaluate as held_out
 from rlhf_cli.report.evaluate import Row, bootstrap, by_prompt, paired, write_rows
-from rlhf_cli.rewards.report import render, report
+from rlhf_cli.rewards.report import ScoreReport, render, report
 from rlhf_cli.rollout.builtin import decoding_of
 from rlhf_cli.rollout.sampler import Sampler
 from rlhf_cli.sources.assemble import sample_of
-from rlhf_cli.types import Sample
+from rlhf_cli.types import Sample, Scores
 
 
 def _device(cfg: Any) -> torch.device:
@@ -184,6 +184,16 @@ def _of_input(cfg: Any, shape: str) -> Any:
 
 def score(cfg: Any) -> int:
     """Run the reward over recorded responses: values, latency, and what looks wrong, before anything is trained on it."""
+    found, rows = score_report(cfg)
+    print(render(found))
+    if cfg.output:
+        write_rows(Path(cfg.output), rows)
+        print(f"\nscores are in {cfg.output}")
+    return 0
+
+
+def score_report(cfg: Any) -> tuple[ScoreReport, list[dict[str, Any]]]:
+    """What `rlhf score` finds, and each response with its scores."""
     scorer = wiring.make_scorer(cfg)
     if scorer is None:
         raise ConfigError("score: no reward; type reward=bleu (rlhf list reward)")
@@ -195,10 +205,11 @@ def score(cfg: Any) -> int:
     first = (counts.cumsum(0) - counts).tolist()
     edges = [(at + w, at + lo) for r, at in zip(records, first, strict=True) for w, lo in r.pairs]
     pairs = torch.tensor(edges, dtype=torch.int64).reshape(-1, 2)
-    print(render(report(samples, group, scorer, pairs)))
-    if cfg.output:
-        _write_scores(cfg, scorer, samples, group)
-    return 0
+    unknown = float("nan")
+    recorded = torch.tensor([x for r in records for x in (r.scores or [unknown] * len(r.responses))])
+    scores = scorer(samples, group)
+    found = report(samples, group, scorer, pairs, recorded, scores)
+    return found, [_score_row(s, i, scores) for i, s in enumerate(samples)]
 
 
 def _responses(cfg: Any) -> list[Record]:
@@ -211,17 +222,11 @@ def _responses(cfg: Any) -> list[Record]:
     return records
 
 
-def _write_scores(cfg: Any, scorer: Any, samples: list[Sample], group: torch.Tensor) -> None:
-    scores = scorer(samples, group)
-    rows = [
-        {
-            "uid": s.uid,
-            "prompt": s.prompt,
-            "response": s.response,
-            "score": None if scores.missing is not None and scores.missing[i] else float(scores.value[i]),
-            "components": {k: float(v[i]) for k, v in scores.components.items() if not torch.isnan(v[i])},
-        }
-        for i, s in enumerate(samples)
-    ]
-    write_rows(Path(cfg.output), rows)
-    print(f"\nscores are in {cfg.output}")
+def _score_row(sample: Sample, i: int, scores: Scores) -> dict[str, Any]:
+    return {
+        "uid": sample.uid,
+        "prompt": sample.prompt,
+        "response": sample.response,
+        "score": None if scores.missing is not None and scores.missing[i] else float(scores.value[i]),
+        "components": {k: float(v[i]) for k, v in scores.components.items() if not torch.isnan(v[i])},
+    }

@@ -328,7 +328,8 @@ def make_scoring(cfg: Any, scorer: Scorer | None, comm: Comm, checks: gates.Gate
     if scorer is None:
         return stages.keep
     count = partial(record.count, stage="component")
-    score = stages.scoring(scorer, comm, cfg.gates.failures, checks.reward, count, record.note)
+    took = partial(record.count, stage="time")
+    score = stages.scoring(scorer, comm, cfg.gates.failures, checks.reward, count, record.note, took)
     return stages.shuffled(score, cfg.seed) if cfg.debug.get("shuffled_reward") else score
 
 

@@ -36,6 +36,7 @@ FREE = (
     "steps",
 )  # may differ on resume
 MAY_CHANGE = ("hardware", "gates", "eval")  # may differ, said aloud
+JUDGE = ("url", "key_env", "concurrency", "timeout", "retries", "cache", "device")  # how the same judge is reached
 HERE = ("hardware.node_rank", "hardware.master", "hardware.hostfile")  # where a machine stands; not worth a word
 
 
@@ -175,7 +176,8 @@ def _refuse_other(path: Path, plain: Mapping[str, Any], resume_mode: str) -> Non
 
 def _hard(found: Mapping[str, Any]) -> list[str]:
     """The keys among those found different that make another experiment."""
-    return [k for k in found if k.split(".")[0] not in (*FREE, *MAY_CHANGE)]
+    reached = {f"judge.{k}" for k in JUDGE}
+    return [k for k in found if k.split(".")[0] not in (*FREE, *MAY_CHANGE) and k not in reached]
 
 
 def differences(a: Any, b: Any, key: str = "") -> dict[str, tuple[Any, Any]]:

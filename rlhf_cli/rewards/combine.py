@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,12 +35,14 @@ class Combined:
         spans: list[tuple[int, int, int, float]] = []
         self.seconds = {}
         reasons: dict[int, str] = {}
+        timing: dict[str, float] = {}
         found = self._all(samples, group)
         for name, (weight, _) in self.scorers.items():
             scores = found[name]
             raw = _checked(name, scores, samples)
             for row, why in scores.reasons.items():
                 reasons.setdefault(row, f"{name}: {why}")
+            timing |= {f"{name}/{k}": x for k, x in scores.timing.items()}
             components[name] = raw
             components |= {
                 f"{name}/{part}": _column(f"{name}/{part}", x, samples) for part, x in scores.components.items()
@@ -48,7 +51,7 @@ class Combined:
                 value += weight * raw
                 missing |= raw.isnan()
                 spans += [(row, a, b, weight * x) for row, a, b, x in scores.spans or ()]
-        return Scores(value, missing, components, spans or None, reasons)
+        return Scores(value, missing, components, spans or None, reasons, timing)
 
     def start(self) -> None:
         """Start the workers of pooled scorers ahead of their first sample."""
@@ -56,9 +59,18 @@ class Combined:
             pool.workers.start()
 
     def begin(self, samples: Sequence[Sample]) -> None:
-        """A group is complete: pooled scorers may start on it. A later call with these samples uses what they found."""
-        for pool in self._pooled().values():
-            pool.begin(samples)
+        """A group is complete: scorers that work beside this process may start on it. A later call with these samples uses what they found."""
+        for _, scorer in self.scorers.values():
+            begin = getattr(scorer, "begin", None)
+            if begin is not None:
+                begin(samples)
+
+    def observe(self, samples: Sequence[Sample], scores: Scores, comm: Any) -> None:
+        """A step is scored: scorers that change with training see every sample and their own raw values, on every rank."""
+        for name, (_, scorer) in self.scorers.items():
+            observe = getattr(scorer, "observe", None)
+            if observe is not None:
+                observe(samples, scores.components[name], comm)
 
     def _pooled(self) -> dict[str, Pooled]:
         return {name: s for name, (_, s) in self.scorers.items() if isinstance(s, Pooled)}

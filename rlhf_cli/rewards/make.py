@@ -23,5 +23,9 @@ def make_scorer(cfg: Any) -> Combined | None:
         if getattr(scorer, "pooled", False):
             sig, bound = check_node(node, **settings)
             scorer = Pooled(name, scorer, (sig.target, bound), workers)
+        if getattr(scorer, "asks_judge", False):
+            from rlhf_cli.judges.judge import judge_of
+
+            scorer.connect(judge_of(cfg))
         built[name] = float(node.get("weight", 1.0)), scorer
     return Combined(built) if built else None

@@ -269,6 +269,8 @@ def test_every_option_is_keyed_by_its_name_and_checks(name):
         "exact_match",
         "math_answer",
         "cosine_length",
+        "sql_execution",
+        "sql_partial",
     }
     assert bool(sig.flags.get("needs_references")) == (name in needing)
     text = (CONF / f"{name}.yaml").read_text()
