@@ -23,6 +23,7 @@ AT_LEAST = {
     "batch.samples": 1,
     "batch.epochs": 1,
     "batch.minibatches": 1,
+    "batch.resample": 1,
     "rollout.max_tokens": 1,
     "rollout.min_tokens": 0,
     "rollout.temperature": 0,

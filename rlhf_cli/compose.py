@@ -136,11 +136,8 @@ def check_overrides(
     asked = [parse_override(text) for text in overrides]
     known, default = catalog.groups(config_dir), catalog.defaults(config_name)
     kept: list[Override] = []
-    twice = [
-        o
-        for i, o in enumerate(asked)
-        if o.key_or_group in known and o.key_or_group in {p.key_or_group for p in asked[:i]}
-    ]
+    places = [(o.key_or_group, o.package) for o in asked]  # reduce@one.place and reduce@another are two choices
+    twice = [o for i, o in enumerate(asked) if o.key_or_group in known and places[i] in places[:i]]
     if twice and not sweep:
         group = twice[0].key_or_group
         both = ",".join(p.input_line.partition("=")[2] for p in asked if p.key_or_group == group and p.input_line)

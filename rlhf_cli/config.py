@@ -37,6 +37,7 @@ class BatchSection:
     samples: int = 8  # responses per prompt
     epochs: int = 1  # passes over a step's rows
     minibatches: int = 1  # optimizer steps per pass; whole groups each
+    resample: int = 1  # rollouts a step may take until batch.prompts groups survive select; 1: it is smaller then
 
 
 @dataclass
@@ -88,7 +89,7 @@ class GatesSection:
 class LearnerSection:
     """A trained model: its head, where it starts, its own learning rate."""
 
-    head: str = "policy"  # policy (next-token log-probs) | value (a number per token) | score (a number per row)
+    head: str = "policy"  # policy (next-token log-probs) | value (a number per token) | policy_value (both) | score (a number per row)
     path: str = ""  # folder or run to start from; empty: `model`
     lr: float | None = None  # empty: optim.lr
     starts_at: int = 0  # first step at which it is updated

@@ -16,7 +16,13 @@ from rlhf_cli.signature import Signature
 
 BASE = ("ids", "attention", "mask", "group", "version")
 SAMPLED = ("truncated", "behavior_logp")
-HEADS = {"policy": ("logp", "entropy"), "value": ("value_new",), "score": ("score_new",)}
+HEADS = {
+    "policy": ("logp", "entropy"),
+    "policy_value": ("logp", "entropy", "value_new"),
+    "value": ("value_new",),
+    "score": ("score_new",),
+}
+"""Head -> what its forward returns."""
 TERM_KEYS = ("objective", "reduce", "coef")
 
 
@@ -39,6 +45,7 @@ class Plan:
     learners: dict[str, str] = field(default_factory=dict)  # trained model -> head
     models: dict[str, str] = field(default_factory=dict)  # loaded model -> why
     annotate: tuple[str, ...] = ()  # columns filled from models
+    greedy: bool = False  # a greedy response to every prompt is scored as its baseline
     notes: list[str] = field(default_factory=list)
 
 
@@ -148,6 +155,8 @@ def _why_absent(cfg: Any, plan: Plan, column: str, learner: str) -> str:
         return "no credit rule gives it: type credit=group_norm (rlhf list credit)"
     if column == "turn_reward":
         return "only the turns of a dialogue have one: type environment=NAME (rlhf list environment)"
+    if column == "baseline":
+        return "it is the score of a greedy response, and recorded rows have none: type source=sampled"
     if column == "behavior_logp":
         return "recorded rows were not drawn by this policy: type source=sampled"
     if column in ("label", "margin", "pair_weight"):
@@ -280,7 +289,7 @@ def _annotate(cfg: Any, plan: Plan, have: set[str], wanted: frozenset[str]) -> N
             )
         plan.learners[name] = section.head
         plan.models[name] = "trained" + (f"; {plan.models[name]}" if name in plan.models else "")
-    policy = plan.learners.get("policy") == "policy" or plan.source == "sampled"
+    policy = "logp" in HEADS.get(plan.learners.get("policy", ""), ()) or plan.source == "sampled"
     filled = []
     if "old_logp" in wanted and "policy" in plan.learners:
         have.add("old_logp")
@@ -288,12 +297,17 @@ def _annotate(cfg: Any, plan: Plan, have: set[str], wanted: frozenset[str]) -> N
             filled.append("old_logp")
         else:
             plan.notes.append("old_logp is the update's own log-prob: one update per rollout is on-policy")
+    if "baseline" in wanted and plan.source == "sampled":
+        have.add("baseline")
+        plan.greedy = True
+        does = "the score of a greedy response to every prompt, which is not trained"
+        plan.stages.append(Stage("baseline", does, frozenset({"score"}), ("baseline",)))
     if "ref_logp" in wanted and policy:
         have.add("ref_logp")
         filled.append("ref_logp")
         own = "the disabled adapter" if cfg.model.lora.r else "a frozen copy of the initial policy"
         plan.models["reference"] = f"gives ref_logp: {own if cfg.model.reference == 'auto' else cfg.model.reference}"
-    critics = [n for n, head in plan.learners.items() if head == "value"]
+    critics = [n for n, head in plan.learners.items() if "value_new" in HEADS[head]]
     if "value" in wanted and critics:
         have.add("value")
         filled.append("value")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_cli.types import Selection
+from rlhf_cli.types import Narrowed, Selection
 
 
 def gives(*columns: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -66,6 +66,33 @@ def drop_zero_variance(score: Tensor, group: Tensor) -> Selection:
     keep = (~g.flat)[g.index].nonzero().squeeze(-1)
     kept_groups = len((~g.flat).nonzero())
     return Selection(keep, None, _dropped(len(score) - len(keep), len(g.size) - kept_groups))
+
+
+@gives("mask")
+def mask_truncated(mask: Tensor, truncated: Tensor) -> Narrowed:
+    """Keep every row in its group's statistics, and take the truncated ones out of the loss: overlong filtering.
+
+    See Yu et al., "DAPO: An Open-Source LLM Reinforcement Learning System at Scale", arXiv:2503.14476, section 3.4.
+
+    Args:
+        mask: trained tokens, [N, T] bool
+        truncated: reached the token limit before EOS or a stop, [N] bool
+    """
+    return Narrowed(mask & ~truncated[:, None], stats={"masked_rows": float(truncated.sum())})
+
+
+@gives("mask")
+def drop_zero_variance_mask_truncated(score: Tensor, group: Tensor, mask: Tensor, truncated: Tensor) -> Narrowed:
+    """`drop_zero_variance`, and `mask_truncated` on what stays.
+
+    Args:
+        score: task score of each row, [N]
+        group: rows of one prompt share it, [N] int64
+        mask: trained tokens, [N, T] bool
+        truncated: reached the token limit before EOS or a stop, [N] bool
+    """
+    dropped, masked = drop_zero_variance(score, group), mask_truncated(mask, truncated)
+    return Narrowed(masked.mask, dropped.keep, stats={**dropped.stats, **masked.stats})
 
 
 def best_of_n(score: Tensor, group: Tensor) -> Selection:

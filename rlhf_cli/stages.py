@@ -13,7 +13,7 @@ from rlhf_cli.engine.comm import Comm
 from rlhf_cli.errors import GateError
 from rlhf_cli.inject import call
 from rlhf_cli.shaping.place import at_end
-from rlhf_cli.types import Experience, Sample, Scorer, Scores, Selection
+from rlhf_cli.types import Experience, Narrowed, Sample, Scorer, Scores, Selection
 
 Stage = Callable[[Experience], Experience]
 
@@ -108,6 +108,24 @@ def score_sharded(scorer: Scorer, exp: Experience, comm: Comm) -> Scores:
     return Scores(value, missing, components, reasons=reasons, timing=timing)
 
 
+def baselined(score: Stage, count: Callable[[Mapping[str, float]], None] = _ignore) -> Stage:
+    """The score of a group's greedy row becomes the `baseline` of its others, and the row leaves.
+
+    A group whose greedy row has no score leaves too, and is counted: 0 would be an opinion.
+    """
+
+    def stage(exp: Experience) -> Experience:
+        exp = score(exp)
+        best = exp.greedy.nonzero().flatten()
+        same = exp.group[:, None] == exp.group[best]  # [N, P]
+        exp = replace(exp, baseline=(same * exp.score[best]).sum(-1), greedy=None)
+        kept = torch.ones(len(exp), dtype=torch.bool).index_fill(0, best, False)
+        count({"without_baseline": float((kept & ~same.any(-1)).sum())})
+        return exp.rows((kept & same.any(-1)).nonzero().flatten())
+
+    return stage
+
+
 def scored_by(samples: Sequence[Sample], group: Tensor, world: int) -> Tensor:
     """[N] the rank that scores each row: ranks in turn take whole groups, or groups that share a link."""
     names, which = torch.unique(group, return_inverse=True)
@@ -137,6 +155,8 @@ def selecting(rule: Callable[..., Selection], count: Callable[[Mapping[str, floa
         chosen = call(rule, exp)
         told(rule, count, "select")
         count({"rows_before": float(len(exp)), **chosen.stats})
+        if isinstance(chosen, Narrowed):
+            exp = replace(exp, mask=chosen.mask)
         if chosen.keep is not None:
             exp = exp.rows(chosen.keep)
         return exp if chosen.pairs is None else replace(exp, pairs=chosen.pairs)
@@ -145,12 +165,15 @@ def selecting(rule: Callable[..., Selection], count: Callable[[Mapping[str, floa
 
 
 def annotating(columns: Mapping[str, tuple[Inferable, str]]) -> Stage:
-    """Fill columns from models: name -> (model, its output)."""
+    """Fill columns from models: name -> (model, its output). A model that gives several is asked once."""
 
     def annotate(exp: Experience) -> Experience:
         if not len(exp):
             return exp
-        return replace(exp, **{name: model.infer(exp, frozenset({out}))[out] for name, (model, out) in columns.items()})
+        models = {id(model): model for model, _ in columns.values()}
+        wanted = {i: frozenset(out for model, out in columns.values() if id(model) == i) for i in models}
+        found = {i: model.infer(exp, wanted[i]) for i, model in models.items()}
+        return replace(exp, **{name: found[id(model)][out] for name, (model, out) in columns.items()})
 
     return annotate
 

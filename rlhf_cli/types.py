@@ -17,7 +17,7 @@ from torch import Tensor
 from rlhf_cli.sample import Sample
 
 __all__ = [
-    "COLUMNS", "OUTPUTS", "Credit", "Engine", "Experience", "Record", "Run", "Sample", "Scorer", "Scores", "Selection", "Source", "Term",
+    "COLUMNS", "OUTPUTS", "Credit", "Engine", "Experience", "Narrowed", "Record", "Run", "Sample", "Scorer", "Scores", "Selection", "Source", "Term",
     "Update", "column",
 ]  # fmt: skip
 
@@ -45,6 +45,10 @@ class Experience:
     pairs: Tensor = column("M 2")  # int64, (winner, loser) row indices
     margin: Tensor = column("M")
     pair_weight: Tensor = column("M")
+    greedy: Tensor = column(
+        "N"
+    )  # bool, drawn greedily to be its group's baseline; such rows leave when they are scored
+    baseline: Tensor = column("N")  # score of the greedy response to the row's prompt
     label: Tensor = column("N")  # recorded feedback: rating, or 1/0 for thumbs up/down
     score: Tensor = column("N")
     reward: Tensor = column("N T")
@@ -126,6 +130,15 @@ class Credit(NamedTuple):
 class Selection(NamedTuple):
     """What a select rule returns: the rows to keep (None keeps all), edges over the *kept* rows, and what it counted."""
 
+    keep: Tensor | None = None  # [n] int64
+    pairs: Tensor | None = None  # [M, 2] int64
+    stats: Mapping[str, float] = {}
+
+
+class Narrowed(NamedTuple):
+    """A selection that also takes tokens out of the mask. A row without any stays in its group's statistics and leaves the loss."""
+
+    mask: Tensor  # [N, T] bool, of all rows
     keep: Tensor | None = None  # [n] int64
     pairs: Tensor | None = None  # [M, 2] int64
     stats: Mapping[str, float] = {}

@@ -19,10 +19,10 @@ from rlhf_cli.engine.comm import Comm
 from rlhf_cli.engine.deepspeed import DeepSpeedEngine, Frozen, Setup
 from rlhf_cli.environments import section as dialogue
 from rlhf_cli.models import fused, loading, packing
-from rlhf_cli.models.heads import PolicyHead, ScalarHead, inner
+from rlhf_cli.models.heads import PolicyHead, ScalarHead, SharedHead, inner
 from rlhf_cli.models.lora import add_lora, reference_disabled
 from rlhf_cli.pipeline import make_pipeline
-from rlhf_cli.plan import Plan, learner_sections, validate
+from rlhf_cli.plan import HEADS, Plan, learner_sections, validate
 from rlhf_cli.rewards.make import make_scorer
 from rlhf_cli.rollout.backends import backend
 from rlhf_cli.rollout.sampler import Sampler
@@ -30,6 +30,7 @@ from rlhf_cli.sources.assemble import rows, sample_of
 from rlhf_cli.sources.episodes import Episodes
 from rlhf_cli.sources.play import Player
 from rlhf_cli.sources.recorded import Recorded
+from rlhf_cli.sources.resampled import Resampled
 from rlhf_cli.sources.sampled import Sampled
 from rlhf_cli.state import Builder
 from rlhf_cli.types import Experience, Run, Scorer
@@ -72,7 +73,7 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
     sections = learner_sections(cfg)
     heads = {name: make_head(cfg, section, comm, plan) for name, section in sections.items()}
     reference = make_reference(cfg, heads, plan, comm)
-    scorable = plan.learners.get("policy") == "policy" and can_score(cfg, heldout)
+    scorable = "policy" in plan.learners and can_score(cfg, heldout)
     actor = make_actor(cfg, heads, plan, comm) if sampled or scorable else None
     engines = {name: DeepSpeedEngine(name, head, setup_of(cfg, sections[name]), comm) for name, head in heads.items()}
     sampler, publish = make_sampler(cfg, actor, tokenizer, comm, engines.get("policy"), record.count)
@@ -82,7 +83,7 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
         draws: Any = partial(Episodes, make_player(cfg, environment, sampler)) if environment is not None else Sampled
         source: Any = draws(
             train, encoded, sampler, publish, comm, prompts=cfg.batch.prompts, samples=cfg.batch.samples, seed=cfg.seed,
-            begin=scorer.begin if scorer is not None else None, rest=rest,
+            greedy=plan.greedy, begin=scorer.begin if scorer is not None else None, rest=rest,
         )  # fmt: skip
     else:
         answers = encode_answers(train, tokenizer, cfg)
@@ -94,15 +95,20 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
         )
 
     checks = make_gates(cfg, sampler)
-    score = make_scoring(cfg, scorer, comm, checks, record)
+    score = make_scoring(cfg, plan, scorer, comm, checks, record)
     build = Builder(cfg.allow_targets)
     pipeline = make_pipeline(cfg, plan, build, record.count)
+    stages_of = vars(pipeline) | {"score": score}
+    if cfg.batch.resample > 1 and sampled:
+        source = Resampled(
+            source, score, pipeline.select, prompts=cfg.batch.prompts, rounds=cfg.batch.resample, count=record.count, phase=record.phase
+        )  # fmt: skip
+        stages_of |= {"score": stages.keep, "select": stages.keep}
     run = Run(
         source=source,
-        score=score,
         annotate=stages.annotating(annotations(plan, engines, reference)),
         engines=engines,
-        **vars(pipeline),
+        **stages_of,
         check=checks,
         after=lambda step: False,
         record=record,
@@ -245,14 +251,18 @@ def make_head(cfg: Any, section: Any, comm: Comm, plan: Plan) -> nn.Module:
     model_cfg = copy.deepcopy(cfg.model)
     if section.path:
         model_cfg.path, model_cfg.source, model_cfg.revision = section.path, "auto", ""
-    load_model = loading.load_causal if section.head == "policy" else loading.load_scalar
+    causal = "logp" in HEADS[section.head]
+    load_model = loading.load_causal if causal else loading.load_scalar
     model = load_model(model_cfg, dtype=dtype_of(cfg), seed=cfg.seed)
     if cfg.model.lora.r:
         model = add_lora(model, cfg.model.lora, cfg.seed)
     prepare(model, checkpointing=cfg.model.checkpointing)
     model.to(comm.device)
-    if section.head == "policy":
-        return PolicyHead(model, temperature=temperature_of(cfg, plan), packing=cfg.model.packing)
+    if causal:
+        settings: Any = {"temperature": temperature_of(cfg, plan), "packing": cfg.model.packing}
+        shared = "value_new" in HEADS[section.head]
+        head = SharedHead(model, **settings, seed=cfg.seed) if shared else PolicyHead(model, **settings)
+        return head.to(comm.device)
     return ScalarHead(model, packing=cfg.model.packing)
 
 
@@ -311,7 +321,7 @@ def annotations(
     plan: Plan, engines: Mapping[str, DeepSpeedEngine], reference: Frozen | None
 ) -> dict[str, tuple[Any, str]]:
     """Columns filled from models: name -> (model, its output)."""
-    critic = next((engines[n] for n, head in plan.learners.items() if head == "value"), None)
+    critic = next((engines[n] for n, head in plan.learners.items() if "value_new" in HEADS[head]), None)
     makers = {
         "old_logp": (engines.get("policy"), "logp"),
         "ref_logp": (reference, "logp"),
@@ -323,14 +333,17 @@ def annotations(
 # -- rewards, updates --------------------------------------------------------------------------------------------------
 
 
-def make_scoring(cfg: Any, scorer: Scorer | None, comm: Comm, checks: gates.Gates, record: Any) -> stages.Stage:
+def make_scoring(
+    cfg: Any, plan: Plan, scorer: Scorer | None, comm: Comm, checks: gates.Gates, record: Any
+) -> stages.Stage:
     """The stage that scores a step."""
     if scorer is None:
         return stages.keep
     count = partial(record.count, stage="component")
     took = partial(record.count, stage="time")
     score = stages.scoring(scorer, comm, cfg.gates.failures, checks.reward, count, record.note, took)
-    return stages.shuffled(score, cfg.seed) if cfg.debug.get("shuffled_reward") else score
+    score = stages.shuffled(score, cfg.seed) if cfg.debug.get("shuffled_reward") else score
+    return stages.baselined(score, record.count) if plan.greedy else score
 
 
 def check_invariance(engine: DeepSpeedEngine, exp: Experience, want: str, limit: float, rows: int = 4) -> float:

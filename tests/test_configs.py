@@ -78,7 +78,7 @@ def words_of(group: str, name: str) -> list[str]:
     if group == "credit":
         return [
             f"credit={name}",
-            f"algo={'ppo' if name == 'gae' else 'sft' if name == 'none' else 'grpo'}",
+            f"algo={'ppo' if name.startswith('gae') else 'sft' if name == 'none' else 'grpo'}",
             *reader(name),
         ]
     if group == "select":
@@ -263,3 +263,11 @@ def test_a_run_is_measured_on_what_it_was_trained_on() -> None:
     made = inherit(compose("eval", words, None), run, words, ("dataset", "reward", "rollout"))
     assert (made.dataset.path, made.dataset.limit, made.rollout.max_tokens) == ("mine.jsonl", 3, 7)
     assert list(made.reward) == ["chrf"]
+
+
+def test_one_group_is_chosen_at_several_places() -> None:
+    places = [f"reduce@updates.policy.{term}.reduce" for term in ("surrogate", "kl")]
+    cfg = train_cfg("algo=grpo", *(f"{place}=sequence_sum" for place in places))
+    assert [cfg.names[place] for place in places] == ["sequence_sum"] * 2
+    with pytest.raises(ConfigError, match="reduce is given twice"):
+        train_cfg("algo=grpo", f"{places[0]}=sequence_sum", f"{places[0]}=token_mean")

@@ -113,7 +113,7 @@ def test_what_is_loaded_follows_from_the_columns(
         ),
         (
             ["algo=ppo", "learners.critic.head=valeu"],
-            "learners.critic.head: 'valeu' is not allowed; choose one of policy, value, score; did you mean 'value'?",
+            "learners.critic.head: 'valeu' is not allowed; choose one of policy, policy_value, value, score; did you mean 'value'?",
         ),
         (
             ["shaping=kl"],

@@ -2,7 +2,17 @@
 
 import torch
 
-from rlhf_cli.select import all_pairs, best_of_n, best_vs_worst, drop_zero_variance, gives, grouped, keep_all
+from rlhf_cli.select import (
+    all_pairs,
+    best_of_n,
+    best_vs_worst,
+    drop_zero_variance,
+    drop_zero_variance_mask_truncated,
+    gives,
+    grouped,
+    keep_all,
+    mask_truncated,
+)
 
 # group 7: rows 0, 2, 5 scores 1, 3, 3 (the best is tied); group 4: rows 1, 3 equal; group 9: row 4 alone
 GROUP = torch.tensor([7, 4, 7, 4, 9, 7])
@@ -82,3 +92,13 @@ def test_gives_marks() -> None:
     def rule() -> None: ...
 
     assert rule.gives == ("pairs", "margin")  # type: ignore[attr-defined]
+
+
+def test_truncated_rows_leave_the_loss_and_stay_in_their_group() -> None:
+    mask = torch.ones(6, 2, dtype=torch.bool)
+    truncated = torch.tensor([True, False, False, False, True, False])
+    found = mask_truncated(mask, truncated)
+    assert found.keep is None and found.mask.sum(-1).tolist() == [0, 2, 2, 2, 0, 2]
+    both = drop_zero_variance_mask_truncated(SCORE, GROUP, mask, truncated)
+    assert both.keep is not None and both.keep.tolist() == [0, 2, 5] and torch.equal(both.mask, found.mask)
+    assert both.stats == {"dropped_rows": 3.0, "dropped_groups": 2.0, "masked_rows": 2.0}

@@ -99,6 +99,22 @@ def group_whitened(score: Tensor, mask: Tensor, group: Tensor) -> Credit:
     return Credit(whitened(_spread(_centred(score, grouped(score, group)), mask), mask, ddof=0))
 
 
+@gives("advantage", "returns")
+def greedy_baseline(reward: Tensor, baseline: Tensor, mask: Tensor) -> Credit:
+    """Sum of the rewards from each token on, minus the score of the prompt's greedy response: A_t = sum_{s >= t} r_s - b.
+
+    See Li et al., "ReMax: A Simple, Effective, and Efficient Reinforcement Learning Method for Aligning Large Language
+    Models", arXiv:2310.10505. Token rewards (a KL penalty) count in the sum and not in b. Returns are the sum.
+
+    Args:
+        reward: reward of each token, the score at the last one included, [N, T]
+        baseline: score of the greedy response to the row's prompt, [N]
+        mask: trained tokens, [N, T] bool
+    """
+    returns = discounted_sum(reward, mask, gamma=1.0)
+    return Credit(torch.where(mask, returns - baseline[:, None], 0.0), returns)
+
+
 @gives("advantage")
 def batch_mean(score: Tensor, mask: Tensor) -> Credit:
     """Score minus the mean score of the batch; works with one response per prompt.

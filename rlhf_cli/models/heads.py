@@ -37,8 +37,14 @@ class PolicyHead(nn.Module):
     def forward(
         self, ids: Tensor, attention: Tensor, mask: Tensor, group: Tensor, want: frozenset[str]
     ) -> dict[str, Tensor]:
+        hidden, place = run_backbone(inner(self.model).get_decoder(), ids, attention, group, self.packing)
+        return self.token_outputs(hidden, place, ids, mask, want)
+
+    def token_outputs(
+        self, hidden: Tensor, place: Tensor, ids: Tensor, mask: Tensor, want: frozenset[str]
+    ) -> dict[str, Tensor]:
+        """`logp` and `entropy` from hidden states [L, D] and the flat position [N, T] of every token."""
         hf = inner(self.model)
-        hidden, place = run_backbone(hf.get_decoder(), ids, attention, group, self.packing)  # [L, D], [N, T]
         source = shifted(place)[mask]  # [n]
         targets = ids[mask].to(hidden.device)
         entropy = "entropy" in want
@@ -57,6 +63,35 @@ class PolicyHead(nn.Module):
         names = ("logp", "entropy") if entropy else ("logp",)
         columns = [torch.cat(x) for x in zip(*parts, strict=True)] if parts else [precise(hidden[:0].sum(-1))] * 2
         return {name: _scatter(where, x) for name, x in zip(names, columns, strict=False) if name in want}
+
+
+class SharedHead(PolicyHead):
+    """A `PolicyHead` with a linear value head on the same hidden states: `logp`, `entropy` and `value_new`, [N, T] each.
+
+    The value head starts as `load_scalar`'s: normal of variance 1 / (hidden + 1), without bias.
+
+    Args:
+        model: a Hugging Face causal language model, with or without peft adapters.
+        temperature: logits are divided by it, as the sampler did.
+        packing: share prefixes and drop padding; off: padded rows and the model's own attention.
+        seed: of the value head.
+    """
+
+    def __init__(self, model: nn.Module, *, temperature: float, packing: bool, seed: int) -> None:
+        super().__init__(model, temperature=temperature, packing=packing)
+        like = inner(model).get_input_embeddings().weight
+        self.value = nn.Linear(like.shape[1], 1, bias=False, dtype=like.dtype)
+        drawn = torch.empty(1, like.shape[1])
+        drawn.normal_(std=(like.shape[1] + 1) ** -0.5, generator=torch.Generator().manual_seed(seed))
+        self.value.weight.data.copy_(drawn)
+
+    def forward(
+        self, ids: Tensor, attention: Tensor, mask: Tensor, group: Tensor, want: frozenset[str]
+    ) -> dict[str, Tensor]:
+        hidden, place = run_backbone(inner(self.model).get_decoder(), ids, attention, group, self.packing)
+        tokens = want - {"value_new"}
+        outs = self.token_outputs(hidden, place, ids, mask, tokens) if tokens else {}
+        return outs | (token_values(self.value, hidden, place, mask) if "value_new" in want else {})
 
 
 class ScalarHead(nn.Module):
@@ -81,12 +116,17 @@ class ScalarHead(nn.Module):
         hidden, place = run_backbone(hf.base_model, ids, attention, group, self.packing)
         outs: dict[str, Tensor] = {}
         if "value_new" in want:
-            at = shifted(place)[mask].to(hidden.device)
-            outs["value_new"] = _scatter(mask.to(hidden.device), precise(hf.score(hidden[at]).squeeze(-1)))
+            outs |= token_values(hf.score, hidden, place, mask)
         if "score_new" in want:
             last = place.gather(1, attention.sum(-1, keepdim=True) - 1).squeeze(1).to(hidden.device)
             outs["score_new"] = precise(hf.score(hidden[last]).squeeze(-1))
         return outs
+
+
+def token_values(head: nn.Module, hidden: Tensor, place: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """`value_new` [N, T] of a linear head: the number read one token earlier, before token t is seen."""
+    at = shifted(place)[mask].to(hidden.device)
+    return {"value_new": _scatter(mask.to(hidden.device), precise(head(hidden[at]).squeeze(-1)))}
 
 
 def inner(model: nn.Module) -> Any:

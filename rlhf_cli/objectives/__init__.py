@@ -1,13 +1,16 @@
 """Unreduced objectives: [N, T], [N] or [M] from learner outputs and columns."""
 
 from rlhf_cli.objectives.policy import (
+    cispo,
     entropy_bonus,
+    gspo_token,
     kl_k1,
     kl_k2,
     kl_k3,
     ppo_clip,
     reinforce,
     sequence_ratio_clip,
+    two_sided_clip,
 )
 from rlhf_cli.objectives.preference import dpo, hinge, ipo
 from rlhf_cli.objectives.reward_model import bradley_terry, bradley_terry_margin, centering
@@ -18,9 +21,11 @@ __all__ = [
     "bradley_terry",
     "bradley_terry_margin",
     "centering",
+    "cispo",
     "clipped_value",
     "dpo",
     "entropy_bonus",
+    "gspo_token",
     "hinge",
     "ipo",
     "kl_k1",
@@ -30,4 +35,5 @@ __all__ = [
     "ppo_clip",
     "reinforce",
     "sequence_ratio_clip",
+    "two_sided_clip",
 ]

@@ -43,6 +43,47 @@ def ppo_clip(
 
 @weighted_by_advantage
 @rowwise
+def two_sided_clip(
+    logp: Tensor, old_logp: Tensor, advantage: Tensor, *, eps_low: float, eps_high: float, delta: float
+) -> Tensor:
+    """`ppo_clip` with the ratio of the *unclipped* term bounded from above: -min(min(r, delta) A, clip(r) A), [N, T].
+
+    Bounds the loss of a negative advantage as the dual clip does. See Prime Intellect, "INTELLECT-2: A Reasoning Model
+    Trained Through Globally Decentralized Reinforcement Learning", arXiv:2505.07291, section 3.4; TRL's `delta`.
+
+    Args:
+        logp: log-probabilities of the policy, [N, T] nats
+        old_logp: the same at the start of the step, [N, T] nats
+        advantage: [N, T], constant
+        eps_low: how far the ratio may fall below 1
+        eps_high: how far the ratio may rise above 1
+        delta: largest ratio of the unclipped term (> 1 + eps_high)
+    """
+    ratio = bounded_exp(logp - old_logp)
+    return -torch.minimum(ratio.clamp(max=delta) * advantage, ratio.clamp(1 - eps_low, 1 + eps_high) * advantage)
+
+
+@weighted_by_advantage
+@rowwise
+def cispo(logp: Tensor, old_logp: Tensor, advantage: Tensor, *, cap: float, floor: float | None) -> Tensor:
+    """Clipped importance weight on REINFORCE: -sg(clip(r, floor, cap)) A logp with r = exp(logp - old_logp), [N, T].
+
+    The weight is constant, so every token keeps its gradient. See MiniMax, "MiniMax-M1: Scaling Test-Time Compute
+    Efficiently with Lightning Attention", arXiv:2506.13585, eq. 4.
+
+    Args:
+        logp: log-probabilities of the policy, [N, T] nats
+        old_logp: the same at the start of the step, [N, T] nats
+        advantage: [N, T], constant
+        cap: largest weight, not the distance from 1
+        floor: smallest weight; empty: none
+    """
+    weight = bounded_exp(logp - old_logp).clamp(min=floor, max=cap).detach()
+    return -weight * advantage * logp
+
+
+@weighted_by_advantage
+@rowwise
 def reinforce(logp: Tensor, advantage: Tensor) -> Tensor:
     """Score-function surrogate: -A logp, [N, T].
 
@@ -90,6 +131,29 @@ def sequence_ratio_clip(
     ratio = bounded_exp(log_ratio / length if level == "seq_mean" else log_ratio)
     gain = torch.where(mask, advantage, 0.0).sum(-1) / length  # [N]
     return -torch.minimum(ratio * gain, ratio.clamp(1 - eps_low, 1 + eps_high) * gain)
+
+
+@weighted_by_advantage
+@rowwise
+def gspo_token(
+    logp: Tensor, old_logp: Tensor, advantage: Tensor, mask: Tensor, *, eps_low: float, eps_high: float
+) -> Tensor:
+    """GSPO with an advantage per token: -min(s_t A_t, clip(s_t) A_t), s_t = sg(exp(mean log r)) r_t / sg(r_t), [N, T].
+
+    The ratio's value is the row's, its gradient the token's; with one advantage per row, value and gradient of the mean
+    over tokens are those of `gspo`. See Zheng et al., "Group Sequence Policy Optimization", arXiv:2507.18071, eq. 13.
+
+    Args:
+        logp: log-probabilities of the policy, [N, T] nats
+        old_logp: the same at the start of the step, [N, T] nats
+        advantage: [N, T], constant
+        mask: trained tokens, [N, T] bool
+        eps_low: how far the ratio may fall below 1
+        eps_high: how far the ratio may rise above 1
+    """
+    log_ratio = torch.where(mask, logp - old_logp, 0.0).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+    ratio = bounded_exp(log_ratio.detach() + logp - logp.detach())
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - eps_low, 1 + eps_high) * advantage)
 
 
 @rowwise

@@ -28,6 +28,20 @@ def scale(score: Tensor, *, factor: float) -> Tensor:
     return score * factor
 
 
+def missing_eos(score: Tensor, truncated: Tensor, *, penalty: float) -> Tensor:
+    """Score minus a constant where the response was cut before its end, [N].
+
+    See Huang et al., "The N+ Implementation Details of RLHF with PPO", arXiv:2403.17031 (the EOS trick); TRL's
+    missing_eos_penalty.
+
+    Args:
+        score: one number per row, [N]
+        truncated: reached the token limit before EOS or a stop, [N] bool
+        penalty: what a response without end loses, score units
+    """
+    return score - penalty * truncated
+
+
 def overlong(score: Tensor, mask: Tensor, *, max_tokens: int, buffer: int, factor: float) -> Tensor:
     """Score minus a penalty that grows from 0 to `factor` over the last `buffer` tokens before `max_tokens`, [N].
 

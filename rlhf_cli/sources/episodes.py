@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf_cli.data.record import Record
 from rlhf_cli.engine.comm import Comm
-from rlhf_cli.errors import GateError
+from rlhf_cli.errors import ConfigError, GateError
 from rlhf_cli.rollout.sampler import Decoding
 from rlhf_cli.sources.assemble import align, row_seed
 from rlhf_cli.sources.play import Played, Player, rewards_of, with_wave
@@ -30,10 +30,16 @@ class Episodes(Sampled):
     def __init__(self, player: Player, *others: Any, **more: Any) -> None:
         super().__init__(*others, **more)
         self.player = player
+        if self._greedy:
+            raise ConfigError(
+                "credit: a greedy response as baseline belongs to single responses; type environment=none, or another credit"
+            )
 
     def __next__(self) -> Experience:
         chosen = self._take()
-        seeds = [row_seed(self.seed, self.version, p, k) for p in range(self.prompts) for k in range(self.samples)]
+        at = range(self._drawn, self._drawn + self.prompts)
+        self._drawn += self.prompts
+        seeds = [row_seed(self.seed, self.version, p, k) for p in at for k in range(self.samples)]
         decoding = with_wave(self.sampler.decoding, len(seeds))
         played = play(self.player, [self.records[i] for i in chosen], self.samples, seeds, self.comm, decoding)
         self._rest()

@@ -31,6 +31,7 @@ class Sampled:
         prompts: prompts per step.
         samples: responses per prompt.
         seed: of the order and of every row.
+        greedy: add a greedy response to every group, whose score is its baseline.
         begin: gets the samples of each group that this rank has drawn, at once, while it draws others.
         rest: called when the rows of a step are drawn, before the update.
     """
@@ -46,37 +47,51 @@ class Sampled:
         prompts: int,
         samples: int,
         seed: int,
+        greedy: bool = False,
         begin: Callable[[Sequence[Sample]], None] | None = None,
         rest: Callable[[], None] = lambda: None,
     ) -> None:
         self.records, self.encoded, self.sampler, self.comm = records, encoded, sampler, comm
         self.prompts, self.samples, self.seed = prompts, samples, seed
-        self._publish, self._begin, self._rest = publish, begin, rest
+        self._greedy, self._publish, self._begin, self._rest = greedy, publish, begin, rest
         check_links(records, prompts)
         self._units = units(records)  # linked records are drawn in one step
         self._order = Order(len(self._units), seed)
         self.version = 0
+        self._drawn = 0  # prompts drawn at this version: a further rollout of a step has other random numbers
 
     def __next__(self) -> Experience:
         chosen = self._take()
-        seeds = [row_seed(self.seed, self.version, p, k) for p in range(self.prompts) for k in range(self.samples)]
-        done = early(self._begin, self.sampler, [self.records[i] for i in chosen])
+        at = range(self._drawn, self._drawn + self.prompts)
+        self._drawn += self.prompts
+        best = self._best(chosen, at) if self._greedy else None
+        seeds = [row_seed(self.seed, self.version, p, k) for p in at for k in range(self.samples)]
+        done = early(self._begin, self.sampler, [self.records[i] for i in chosen], best.ids if best else ())
         decoding = replace(self.sampler.decoding, wave=len(seeds))
         drawn = draw(
             self.sampler, [self.encoded[i] for i in chosen], self.samples, seeds, self.comm, decoding, done=done
         )
         self._rest()
-        return self._experience(chosen, drawn)
+        exp = self._experience(chosen, together(drawn, best, self.samples), self.samples + (best is not None))
+        if best is None:
+            return exp
+        return replace(exp, greedy=(torch.arange(len(exp)) % (self.samples + 1)) == self.samples)
 
     def _take(self) -> list[int]:
         """The records of the next step, linked ones side by side."""
         size = len(self._units[0]) if self._units else 1
         return [i for u in self._order.take(self.prompts // size) for i in self._units[u]]
 
-    def _experience(self, chosen: Sequence[int], drawn: Drawn) -> Experience:
-        owner = [i for i in chosen for _ in range(self.samples)]
+    def _best(self, chosen: Sequence[int], at: Sequence[int]) -> Drawn:
+        """The greedy response to each prompt."""
+        decoding = replace(self.sampler.decoding, temperature=0.0, top_p=1.0, top_k=0, wave=len(chosen))
+        seeds = [row_seed(self.seed, self.version, p, self.samples) for p in at]
+        return draw(self.sampler, [self.encoded[i] for i in chosen], 1, seeds, self.comm, decoding)
+
+    def _experience(self, chosen: Sequence[int], drawn: Drawn, each: int) -> Experience:
+        owner = [i for i in chosen for _ in range(each)]
         texts = texts_of(self.sampler, drawn.ids)
-        group = torch.arange(len(chosen)).repeat_interleave(self.samples)
+        group = torch.arange(len(chosen)).repeat_interleave(each)
         samples = [sample_of(self.records[i], t) for i, t in zip(owner, texts, strict=True)]
         exp = rows([self.encoded[i] for i in owner], drawn.ids, samples, group)
         columns: dict[str, Any] = {
@@ -88,7 +103,7 @@ class Sampled:
 
     def publish(self, version: int) -> None:
         """The policy has new weights."""
-        self.version = version
+        self.version, self._drawn = version, 0
         self._publish()
 
     def state_dict(self) -> dict[str, Any]:
@@ -108,11 +123,24 @@ class Drawn(NamedTuple):
     truncated: list[bool]
 
 
-def early(begin: Callable[[Sequence[Sample]], None] | None, sampler: Sampler, records: Sequence[Record]) -> Done | None:
-    """A `done` of `draw` that hands each group's samples to `begin`."""
+def together(drawn: Drawn, best: Drawn | None, k: int) -> Drawn:
+    """Each prompt's k responses, then its one of `best`."""
+    if best is None:
+        return drawn
+    pairs = zip(drawn, best, strict=True)
+    return Drawn(*([x for p, b in enumerate(two) for x in [*one[p * k : (p + 1) * k], b]] for one, two in pairs))
+
+
+def early(
+    begin: Callable[[Sequence[Sample]], None] | None,
+    sampler: Sampler,
+    records: Sequence[Record],
+    best: Sequence[list[int]] = (),
+) -> Done | None:
+    """A `done` of `draw` that hands each group's samples, and the one of `best` that belongs to it, to `begin`."""
     if begin is None:
         return None
-    return lambda p, ids: begin([sample_of(records[p], text) for text in texts_of(sampler, ids)])
+    return lambda p, ids: begin([sample_of(records[p], t) for t in texts_of(sampler, [*ids, *best[p : p + 1]])])
 
 
 def draw(

@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_cli.credit import batch_mean, group_norm, group_norm_to_go, group_whitened, leave_one_out
+from rlhf_cli.credit import (
+    RunningMean,
+    batch_mean,
+    greedy_baseline,
+    group_norm,
+    group_norm_to_go,
+    group_whitened,
+    leave_one_out,
+)
 from rlhf_cli.shaping.place import at_end
 
 grpo = partial(group_norm, scale="std", ddof=1, eps=1e-4)
@@ -126,3 +134,23 @@ def test_float64_stays_float64_and_no_rows_are_no_error(credit: Callable[..., An
     score = torch.tensor([1.0, 0.0, 0.0, 2.0], dtype=torch.float64)
     assert credit(score, ONE_TOKEN, SAME).advantage.dtype == torch.float64
     assert credit(score[:0], ONE_TOKEN[:0], SAME[:0]).advantage.shape == (0, 1)
+
+
+def test_the_greedy_score_is_the_baseline_of_the_reward_to_go() -> None:
+    # rewards -0.1, -0.2 and the score 1 at the last token: to go 0.7, 0.8, 1 (0 outside), minus the greedy score 0.5
+    mask = torch.tensor([[False, True, True, True]])
+    reward = torch.tensor([[9.0, -0.1, -0.2, 1.0]])
+    found = greedy_baseline(reward, torch.tensor([0.5]), mask)
+    assert torch.allclose(found.advantage, torch.tensor([[0.0, 0.2, 0.3, 0.5]]))
+    assert found.returns is not None and torch.allclose(found.returns, torch.tensor([[0.0, 0.7, 0.8, 1.0]]))
+
+
+def test_a_running_mean_is_of_the_steps_before() -> None:
+    credit = RunningMean(decay=0.9)
+    one = torch.ones(2, 1, dtype=torch.bool)
+    assert credit(torch.tensor([1.0, 3.0]), one).advantage.flatten().tolist() == [-1, 1]  # the first step's own mean
+    assert credit(torch.tensor([3.0, 3.0]), one).advantage.flatten().tolist() == [1, 1]  # still 2
+    other = RunningMean(decay=0.9)
+    other.load_state_dict(credit.state_dict())
+    assert other(torch.zeros(2), one).advantage[0].item() == pytest.approx(-2.1)  # 0.9 x 2 + 0.1 x 3
+    assert other.stats == pytest.approx({"baseline": 2.1})

@@ -1,0 +1,125 @@
+"""The base methods: recipe, and where theory says that it ends."""
+
+from __future__ import annotations
+
+from optimality_bed import Row
+from optimality_envs import (
+    LENGTHS,
+    MANY_UPDATES,
+    MEMORYLESS,
+    TWO_TOKENS,
+    Rule,
+    best,
+    centred,
+    centred_then_whitened,
+    k2_slope,
+    k3_slope,
+    leave_one_out,
+    one_rollout,
+    optimum,
+    per_token,
+    standardised,
+    stationary,
+    varied,
+)
+
+OPTIMUM = "the optimum of E[r] - beta KL(pi, ref)"
+BEST = "the best response alone: nothing holds it back"
+ALL = (MEMORYLESS, TWO_TOKENS, LENGTHS)
+ONE = "batch.samples=1"
+GRPO_SUM = (
+    "algo=grpo",
+    "reduce@updates.policy.surrogate.reduce=sequence_sum",
+    "reduce@updates.policy.kl.reduce=sequence_sum",
+)
+K1, K2 = (f"objective@updates.policy.kl.objective=kl_{k}" for k in ("k1", "k2"))
+FAR = ("batch.epochs=300", "reduce@updates.policy.surrogate.reduce=sequence_sum", "credit=group_mean", "shaping=none")
+
+ROWS = [
+    Row("reinforce", ("algo=reinforce", "shaping.sequence_kl.beta=1"), optimum(1.0), OPTIMUM, ALL),
+    Row(
+        "reinforce, running mean",
+        ("algo=reinforce", "shaping.sequence_kl.beta=1", "credit=running_mean"),
+        optimum(1.0),
+        OPTIMUM,
+    ),
+    Row("rloo", ("algo=rloo", "shaping.sequence_kl.beta=1"), optimum(1.0), OPTIMUM, ALL),
+    Row("remax", ("algo=remax", ONE, "shaping.kl.beta=1"), optimum(1.0), OPTIMUM, ALL),
+    Row("reinforce_pp", ("algo=reinforce_pp", ONE, "shaping.kl.beta=1"), optimum(1.0), OPTIMUM, ALL),
+    Row("ppo", ("algo=ppo", ONE, "shaping.kl.beta=1", "learners.critic.lr=0.4"), optimum(1.0), OPTIMUM, ALL),
+    Row(
+        "ppo_shared",
+        ("algo=ppo_shared", ONE, "shaping.kl.beta=1", "updates.policy.value.coef=1"),
+        optimum(1.0),
+        OPTIMUM,
+    ),
+    Row(
+        "reinforce_pp_baseline",
+        ("algo=reinforce_pp_baseline", "updates.policy.kl.coef=1"),
+        stationary(Rule(2, centred_then_whitened, beta=1.0, kl=k2_slope, keep=varied)),
+        "E[A grad log pi] = beta grad KL per token over groups that differ; A has unit variance, so the reward's scale is gone",
+    ),
+    Row(
+        "grpo",
+        ("algo=grpo", "updates.policy.kl.coef=1"),
+        stationary(Rule(2, standardised(1e-4), weight=per_token, beta=1.0, kl=k3_slope)),
+        "E[A grad log pi] = beta grad KL(ref, pi) per token, short responses weigh more; the reward's scale is gone",
+        ALL,
+    ),
+    Row("dr_grpo", ("algo=dr_grpo",), best, BEST, ALL, lr=1.0),
+    Row("dapo", ("algo=dapo",), best, BEST, ALL),
+    Row("gspo", ("algo=gspo", "batch.minibatches=1"), best, BEST, ALL),
+    Row("gspo_token", ("algo=gspo_token", "batch.minibatches=1"), best, BEST),
+    Row("cispo", ("algo=cispo",), best, BEST),
+    # -- what a choice does ---------------------------------------------------------------------------------------------
+    Row(
+        "k1 in the loss",
+        (*GRPO_SUM, K1, "updates.policy.kl.coef=1", "credit=leave_one_out"),
+        best,
+        "k1 has no gradient: " + BEST,
+    ),
+    Row(
+        "k2 in the loss",
+        (*GRPO_SUM, K2, "updates.policy.kl.coef=1", "credit=leave_one_out"),
+        stationary(Rule(2, leave_one_out, beta=1.0, kl=k2_slope)),
+        "the optimum where tokens do not depend on each other; else a token is not charged for the KL of those after it",
+        ALL,
+    ),
+    Row(
+        "k3 in the loss",
+        (*GRPO_SUM, "updates.policy.kl.coef=1", "credit=leave_one_out"),
+        stationary(Rule(2, leave_one_out, beta=1.0, kl=k3_slope)),
+        "E[A grad log pi] = beta grad KL(ref, pi): the other direction of KL",
+    ),
+    Row(
+        "group mean, k2",
+        (*GRPO_SUM, K2, "updates.policy.kl.coef=1", "credit=group_mean"),
+        stationary(Rule(2, centred, beta=1.0, kl=k2_slope)),
+        "as with beta K / (K - 1), here 2: the mean contains the row itself",
+    ),
+    Row(
+        "mean per response, k2",
+        ("algo=grpo", K2, "updates.policy.kl.coef=1", "credit=leave_one_out"),
+        stationary(Rule(2, leave_one_out, weight=per_token, beta=1.0, kl=k2_slope)),
+        "each response weighs 1 / length: not the optimum where lengths differ",
+        (LENGTHS,),
+    ),
+    Row(
+        "one rollout, clip 0.2",
+        ("algo=grpo", "updates.policy.kl=null", *FAR),
+        one_rollout(Rule(2, centred), 0.2, 0.2),
+        "P(1) = 1.2 x 0.7 = 0.84, the edge of the clip, far from the best response",
+        (MANY_UPDATES,),
+        steps=1,
+        lr=0.05,
+    ),
+    Row(
+        "one rollout, clip 0.2 and 0.28",
+        ("algo=dapo", "select=keep_all", *FAR),
+        one_rollout(Rule(2, centred), 0.2, 0.28),
+        "P(1) = 1.28 x 0.7 = 0.896: clip-higher moves the edge",
+        (MANY_UPDATES,),
+        steps=1,
+        lr=0.05,
+    ),
+]
