@@ -138,6 +138,14 @@ def _stage(
     have.update(gives or sig.gives)
 
 
+SOURCE_ONLY = {
+    "turn_reward": "only the turns of a dialogue have one: type environment=NAME (rlhf list environment)",
+    "baseline": "it is the score of a greedy response, and recorded rows have none: type source=sampled",
+    "behavior_logp": "recorded rows were not drawn by this policy: type source=sampled",
+}
+"""Column that only some sources have -> why it is absent."""
+
+
 def _why_absent(cfg: Any, plan: Plan, column: str, learner: str) -> str:
     if column == "pairs":
         return "no stage makes pairs: choose a dataset with preferences (dataset=preferences), or a reward and select=best_vs_worst"
@@ -153,12 +161,8 @@ def _why_absent(cfg: Any, plan: Plan, column: str, learner: str) -> str:
         return f"learner {learner!r} has no score head: set learners.{learner}.head=score"
     if column in ("advantage", "returns"):
         return "no credit rule gives it: type credit=group_norm (rlhf list credit)"
-    if column == "turn_reward":
-        return "only the turns of a dialogue have one: type environment=NAME (rlhf list environment)"
-    if column == "baseline":
-        return "it is the score of a greedy response, and recorded rows have none: type source=sampled"
-    if column == "behavior_logp":
-        return "recorded rows were not drawn by this policy: type source=sampled"
+    if column in SOURCE_ONLY:
+        return SOURCE_ONLY[column]
     if column in ("label", "margin", "pair_weight"):
         return f"the dataset has no {column}: map it with dataset.columns"
     if column in ("logp", "entropy", "old_logp", "ref_logp"):
