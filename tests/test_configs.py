@@ -122,7 +122,12 @@ def term_words(group: str, name: str) -> list[str]:
 
 
 def option_node(group: str, name: str) -> dict[str, Any]:
-    text = catalog.groups()[group][name].path.read_text().replace("${rollout.max_tokens}", "64")
+    text = (
+        catalog.groups()[group][name]
+        .path.read_text()
+        .replace("${rollout.max_tokens}", "64")
+        .replace("${reward.environment.weight}", "1.0")
+    )
     return OmegaConf.to_container(OmegaConf.create(text))  # type: ignore[return-value]
 
 
