@@ -35,6 +35,7 @@ OPEN = (
     "dataset.columns.",
     "hardware.deepspeed.",
     "rollout.vllm.engine.",
+    "combine.thresholds.",
     "launcher.sbatch.",
     "debug.",
     "judge.extra.",
@@ -183,7 +184,8 @@ def _line(o: Override, terms: tuple[str, ...] = ()) -> str:
     if column != key and "." in column and not o.is_sweep_override():
         return f"++dataset.columns={{{column}: {value or repr('')}}}"
     whole_term = key.startswith("updates.") and key.count(".") == 2 and isinstance(o.value(), dict)
-    return f"++{text}" if key.startswith((*OPEN, *terms)) or whole_term else text
+    parts = key.startswith("reward.") and ".parts" in key  # of a reward, which no option lists
+    return f"++{text}" if key.startswith((*OPEN, *terms)) or whole_term or parts else text
 
 
 def parse_override(text: str) -> Override:

@@ -203,6 +203,14 @@ class RewardWorkersSection:
 
 
 @dataclass
+class PrepassSection:
+    """Responses of the initial policy to every training prompt, where a stage compares with them; see docs/shaping.md."""
+
+    samples: int = 10  # responses per training prompt
+    path: str = ""  # a run, or its prepass.jsonl, whose responses and scores are used instead; empty: made before the first step
+
+
+@dataclass
 class JudgeSection:
     """The model that rewards such as reward=judge ask; see docs/judges.md."""
 
@@ -266,6 +274,8 @@ class Root:
     environment: Any = None  # conf/environment: the other party of a dialogue; empty: single responses
     reward: Any = None  # conf/reward: name -> scorer with a weight
     reward_workers: RewardWorkersSection = field(default_factory=RewardWorkersSection)
+    combine: Any = None  # conf/combine: how several rewards become one; empty: their weighted sum
+    prepass: PrepassSection = field(default_factory=PrepassSection)
     judge: JudgeSection = field(default_factory=JudgeSection)
     shaping: Any = None  # conf/shaping: name -> function
     select: Any = None  # conf/select

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf_cli import standins
+from rlhf_cli import plan_reward, standins
 from rlhf_cli.checks import check_numbers
 from rlhf_cli.config import check_node, nearest
 from rlhf_cli.environments import section as dialogue
 from rlhf_cli.errors import ConfigError
-from rlhf_cli.judges.judge import check_section, describe
+from rlhf_cli.flow import Plan, Stage
 from rlhf_cli.signature import Signature
 
 BASE = ("ids", "attention", "mask", "group", "version")
@@ -26,29 +25,6 @@ HEADS = {
 TERM_KEYS = ("objective", "reduce", "coef")
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One stage of the flow: what it takes and what it makes."""
-
-    name: str
-    does: str
-    needs: frozenset[str] = frozenset()
-    gives: tuple[str, ...] = ()
-
-
-@dataclass
-class Plan:
-    """Everything that follows from a configuration without loading a weight."""
-
-    source: str  # sampled | recorded
-    stages: list[Stage] = field(default_factory=list)
-    learners: dict[str, str] = field(default_factory=dict)  # trained model -> head
-    models: dict[str, str] = field(default_factory=dict)  # loaded model -> why
-    annotate: tuple[str, ...] = ()  # columns filled from models
-    greedy: bool = False  # a greedy response to every prompt is scored as its baseline
-    notes: list[str] = field(default_factory=list)
-
-
 def validate(cfg: Any) -> Plan:
     """Walk the stages in order; every column a stage takes must have been made by an earlier one. Raises ConfigError in one sentence."""
     check_numbers(cfg)
@@ -56,7 +32,7 @@ def validate(cfg: Any) -> Plan:
     dialogue.check(cfg, plan.source)
     have = set(BASE)
     _source(cfg, plan, have)
-    _scorers(cfg, plan, have)
+    plan_reward.scorers(cfg, plan, have)
     plan.notes += standins.notes(cfg)
     _select(cfg, plan, have)
     terms = list(_terms(cfg))
@@ -94,6 +70,8 @@ def validate(cfg: Any) -> Plan:
             extra=learner,
         )
     _unused(plan, terms)
+    if plan.source == "sampled":
+        plan_reward.check_spans(cfg, read=any("reward" in s.needs for s in plan.stages))
     return plan
 
 
@@ -149,7 +127,7 @@ SOURCE_ONLY = {
 def _why_absent(cfg: Any, plan: Plan, column: str, learner: str) -> str:
     if column == "pairs":
         return "no stage makes pairs: choose a dataset with preferences (dataset=preferences), or a reward and select=best_vs_worst"
-    if column in ("score", "reward"):
+    if column in ("score", "reward", *plan_reward.REFERENCE):
         return (
             "no reward gives a score: type reward=bleu (rlhf list reward)"
             if plan.source == "sampled"
@@ -177,7 +155,7 @@ def _source(cfg: Any, plan: Plan, have: set[str]) -> None:
         talks = dialogue.chosen(cfg)
         made = (*SAMPLED, *(("turn_reward",) if talks else ()))
         have.update(made)
-        plan.models["policy"] = "answers the prompts"
+        plan.models |= {"policy": "answers the prompts", **dialogue.models(cfg)}
         does = dialogue.does(cfg) if talks else f"sample {cfg.batch.samples} responses to each prompt of {where}"
         plan.stages.append(Stage("source", does, frozenset(), (*BASE, *made)))
         return
@@ -190,34 +168,6 @@ def _source(cfg: Any, plan: Plan, have: set[str]) -> None:
     plan.stages.append(Stage("source", f"read recorded responses of {where}", frozenset(), (*BASE, *made)))
     if cfg.reward:
         plan.notes.append(f"reward={','.join(cfg.reward)} is not used: the responses are recorded, not sampled")
-
-
-def _scorers(cfg: Any, plan: Plan, have: set[str]) -> None:
-    if plan.source != "sampled":
-        return
-    for name, node in (cfg.reward or {}).items():
-        sig = _check(cfg, node, f"reward.{name}", reserved=("weight",))
-        if sig.flags.get("needs_references") and "references" not in _dataset_gives(cfg):
-            raise ConfigError(
-                f"reward={name} compares with references, and this dataset maps none; type dataset.columns.references=COLUMN, or another reward"
-            )
-        if sig.flags.get("needs_links") and "link" not in _dataset_gives(cfg):
-            raise ConfigError(
-                f"reward={name} compares the answers to linked prompts, and this dataset links none; type dataset.columns.link=COLUMN"
-            )
-        if "path" in sig.params and not node.get("path"):
-            raise ConfigError(
-                f"reward.{name}.path is empty; type reward.{name}.path={sig.flags.get('path_is', 'FILE')}"
-            )
-        plan.stages.append(
-            Stage(f"reward.{name}", f"{_short(sig)} x {float(node.get('weight', 1.0)):g}", frozenset(), ("score",))
-        )
-        have.add("score")
-        if sig.flags.get("asks_judge"):
-            check_section(cfg.judge)
-            plan.models["judge"] = describe(cfg.judge)
-        if sig.flags.get("loads_model"):
-            plan.models[f"reward.{name}"] = f"scores responses ({node['path']})"
 
 
 def _select(cfg: Any, plan: Plan, have: set[str]) -> None:

@@ -1,6 +1,7 @@
 """The closed vocabulary of columns and the protocols between the stages of a run.
 
-Dimension letters, used everywhere: P prompts, N rows, T tokens, M pairs, H heads, V vocabulary.
+Dimension letters, used everywhere: P prompts, N rows, T tokens, M pairs, H heads, V vocabulary,
+R responses of the initial policy to a prompt.
 Every [N, T] column is aligned to the token it describes, right-padded; the next-token shift happens in one function only
 (`models/packing.py`).
 """
@@ -51,6 +52,11 @@ class Experience:
     baseline: Tensor = column("N")  # score of the greedy response to the row's prompt
     label: Tensor = column("N")  # recorded feedback: rating, or 1/0 for thumbs up/down
     score: Tensor = column("N")
+    ref_scores: Tensor = column(
+        "N R"
+    )  # of the initial policy's responses to the row's prompt, in units of `score`; NaN: missing
+    ref_length: Tensor = column("N R")  # their lengths, tokens
+    span_reward: Tensor = column("N T")  # the part of `score` that a scorer placed on tokens itself
     reward: Tensor = column("N T")
     turn_reward: Tensor = column("N T")  # what the environment gave for each turn, at that turn's last trained token
     behavior_logp: Tensor = column("N T")
@@ -107,7 +113,8 @@ OUTPUTS: dict[str, str] = {"logp": "N T", "entropy": "N T", "value_new": "N T", 
 class Scores:
     """What a scorer returns. A failed score is *missing*, never 0: its row leaves the group statistics and the loss.
 
-    `spans` are character ranges of the response, (row, start, end, value), so a scorer's tokenizer need not be the policy's.
+    `spans` are character ranges of the response, (row, start, end, value), so a scorer's tokenizer need not be the policy's:
+    they say on which part of the response that much of `value` falls; what they do not place falls on its end.
     `reasons` say why a row is missing, where that is known: row -> text. `timing` holds numbers that a repeated run need
     not repeat (seconds, retries, cache hits); they are summed over ranks and logged under `time/`.
     """

@@ -52,7 +52,7 @@ def evaluate(cfg: Any) -> int:
     if scorer is None:
         raise ConfigError("eval: no reward; type reward=bleu (rlhf list reward)")
     wiring.require_references(scorer, records)
-    environment = dialogue.make(cfg) if dialogue.chosen(cfg) else None
+    environment = dialogue.make(cfg)
     columns: dict[str, list[Row]] = {}
     for name, model_cfg in _models(cfg).items():
         sampler = _sampler(cfg, model_cfg, device)
@@ -115,7 +115,7 @@ def generate(cfg: Any) -> int:
     device = _device(cfg)
     records = _prompts(cfg)
     sampler = _sampler(cfg, cfg.model, device)
-    environment = dialogue.make(cfg) if dialogue.chosen(cfg) else None
+    environment = dialogue.make(cfg)
     encoded = wiring.encode(records, sampler.tokenizer, cfg, environment)
     player = wiring.make_player(cfg, environment, sampler)
     rows = held_out.generate_and_score(

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,10 @@ from rlhf_cli.models.heads import PolicyHead, ScalarHead, SharedHead, inner
 from rlhf_cli.models.lora import add_lora, reference_disabled
 from rlhf_cli.pipeline import make_pipeline
 from rlhf_cli.plan import HEADS, Plan, learner_sections, validate
+from rlhf_cli.prepass import Prepass, make_prepass
+from rlhf_cli.rewards.direction import written
 from rlhf_cli.rewards.make import make_scorer
+from rlhf_cli.rewards.stage import make_scoring
 from rlhf_cli.rollout.backends import backend
 from rlhf_cli.rollout.sampler import Sampler
 from rlhf_cli.sources.assemble import rows, sample_of
@@ -53,10 +57,11 @@ class Parts:
     recorded_heldout: Recorded | None
     gates: gates.Gates
     state: dict[str, Any]  # name -> object with state_dict
+    prepass: Prepass | None = None  # runs before the first step
 
 
-def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
-    """Build everything a training run needs. Raises ConfigError for what only data and models can tell."""
+def make_run(cfg: Any, comm: Comm, record: Any, folder: Path | None = None) -> tuple[Run, Parts]:
+    """Build everything a training run needs; `folder` is its directory. Raises ConfigError for what only data and models can tell."""
     plan = validate(cfg)
     sampled = plan.source == "sampled"
     scorer = make_scorer(cfg) if sampled else None
@@ -65,9 +70,8 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
     require_references(scorer, [*train, *heldout])
     if scorer is not None:
         scorer.start()
-    environment = dialogue.make(cfg) if dialogue.chosen(cfg) else None
-    encoded = encode(train, tokenizer, cfg, environment)
-    encoded_heldout = encode(heldout, tokenizer, cfg, environment)
+    environment = dialogue.make(cfg)
+    encoded, encoded_heldout = (encode(records, tokenizer, cfg, environment) for records in (train, heldout))
 
     packing.register()
     sections = learner_sections(cfg)
@@ -77,6 +81,7 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
     actor = make_actor(cfg, heads, plan, comm) if sampled or scorable else None
     engines = {name: DeepSpeedEngine(name, head, setup_of(cfg, sections[name]), comm) for name, head in heads.items()}
     sampler, publish = make_sampler(cfg, actor, tokenizer, comm, engines.get("policy"), record.count)
+    rest = _nothing
     if sampled:
         assert sampler is not None
         rest = getattr(sampler, "rest", _nothing)  # an engine that gives its memory back while the learner trains
@@ -88,15 +93,12 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
     else:
         answers = encode_answers(train, tokenizer, cfg)
         source = Recorded(train, encoded, answers, publish, prompts=cfg.batch.prompts, seed=cfg.seed)
-    recorded_heldout = None
-    if not sampled and heldout:
-        recorded_heldout = Recorded(
-            heldout, encoded_heldout, encode_answers(heldout, tokenizer, cfg), _nothing, prompts=len(heldout), seed=0
-        )
+    recorded_heldout = None if sampled else recorded_rows(heldout, encoded_heldout, tokenizer, cfg)
 
     checks = make_gates(cfg, sampler)
-    score = make_scoring(cfg, plan, scorer, comm, checks, record)
     build = Builder(cfg.allow_targets)
+    ask = partial(make_prepass, cfg, train, encoded, sampler, scorer, comm, folder, rest)
+    score, prepass = make_scoring(cfg, plan, scorer, comm, checks, record, tokenizer, build, ask)
     pipeline = make_pipeline(cfg, plan, build, record.count)
     stages_of = vars(pipeline) | {"score": score}
     if cfg.batch.resample > 1 and sampled:
@@ -135,7 +137,17 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
         recorded_heldout=recorded_heldout,
         gates=checks,
         state=state,
+        prepass=prepass,
     )
+
+
+def recorded_rows(
+    heldout: Sequence[Record], encoded: Sequence[Sequence[int]], tokenizer: Any, cfg: Any
+) -> Recorded | None:
+    """Held-out responses, which losses are evaluated on."""
+    if not heldout:
+        return None
+    return Recorded(heldout, encoded, encode_answers(heldout, tokenizer, cfg), _nothing, prompts=len(heldout), seed=0)
 
 
 def make_actor(cfg: Any, heads: Mapping[str, nn.Module], plan: Plan, comm: Comm) -> nn.Module:
@@ -207,7 +219,7 @@ def _nothing() -> None:
 
 def load_records(cfg: Any, plan: Plan) -> tuple[list[Record], list[Record]]:
     """Train and held-out records; as demonstrations where no stage reads preferences, so that nothing imitates a rejected response."""
-    train, heldout = load(cfg.dataset, "train"), load(cfg.dataset, "heldout")
+    train, heldout = (written(load(cfg.dataset, split), cfg) for split in ("train", "heldout"))
     heldout = leading(heldout, cfg.eval.prompts)
     judged = {"pairs", "margin", "pair_weight", "label", "score"}
     if plan.source == "recorded" and not any(judged & s.needs for s in plan.stages):
@@ -331,19 +343,6 @@ def annotations(
 
 
 # -- rewards, updates --------------------------------------------------------------------------------------------------
-
-
-def make_scoring(
-    cfg: Any, plan: Plan, scorer: Scorer | None, comm: Comm, checks: gates.Gates, record: Any
-) -> stages.Stage:
-    """The stage that scores a step."""
-    if scorer is None:
-        return stages.keep
-    count = partial(record.count, stage="component")
-    took = partial(record.count, stage="time")
-    score = stages.scoring(scorer, comm, cfg.gates.failures, checks.reward, count, record.note, took)
-    score = stages.shuffled(score, cfg.seed) if cfg.debug.get("shuffled_reward") else score
-    return stages.baselined(score, record.count) if plan.greedy else score
 
 
 def check_invariance(engine: DeepSpeedEngine, exp: Experience, want: str, limit: float, rows: int = 4) -> float:

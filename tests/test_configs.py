@@ -13,10 +13,12 @@ from omegaconf import DictConfig, OmegaConf
 from rlhf_cli import catalog
 from rlhf_cli.compose import compose
 from rlhf_cli.config import Root, build, check_node
+from rlhf_cli.environments.section import OWN
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.override import inherit, override
 from rlhf_cli.plan import validate
 from rlhf_cli.report.planned import describe
+from rlhf_cli.rewards.nodes import RESERVED, RULE_RESERVED
 
 OPTIONS = [(group, name) for group, found in catalog.groups().items() for name in found]
 SHAPE_FITS = {"prompts": "grpo", "pairs": "dpo", "rankings": "dpo", "demonstrations": "sft"}
@@ -50,10 +52,11 @@ TALKS = {  # options that need the other party of a dialogue
     ("environment", "none"): ["environment=none", "reward=length"],
     ("environment", "calculator"): ["environment=calculator", "dataset=rephrased", "reward=environment"],
     ("environment", "guess_number"): GAME,
-    ("environment", "simulated_user"): ["environment=simulated_user", "dataset=profiles", "reward=environment"],
-    ("environment", "simulated_user_dialogue"): [
-        "environment=simulated_user_dialogue", "dataset=profiles", "reward=environment",
-    ],
+    **{
+        ("environment", name): [f"environment={name}", "dataset=profiles", "reward=environment", "judge.backend=rule"]
+        for name in ("scripted_user", "simulated_user", "simulated_user_dialogue")
+    },
+    **{("experiment", name): [f"experiment={name}", "judge.backend=rule"] for name in ("rlpa", "rlpa_dialogue", "oni")},
     ("reward", "environment"): GAME,
     ("shaping", "turns"): ["shaping=turns", "credit=group_norm_to_go", *GAME],
 }  # fmt: skip
@@ -85,15 +88,24 @@ def words_of(group: str, name: str) -> list[str]:
         return [f"select={name}", f"algo={'dpo' if 'pairs' in name or 'worst' in name else 'grpo'}"]
     if group == "shaping" and name.partition("_")[0] in ("kl", "adaptive"):
         return [f"shaping={name}", "credit=group_norm_to_go"]
-    if (group, name) == ("rollout", "greedy"):  # equal samples are refused in training; recorded rows need none
-        return ["rollout=greedy", "algo=sft"]
     if (group, name) == ("rollout", "vllm") and not importlib.util.find_spec("vllm"):
         pytest.skip("vLLM IS NOT INSTALLED: type make vllm")
     if group == "source":
         return [f"source={name}", f"algo={'sft' if name == 'recorded' else 'grpo'}"]
-    return [f"{group}={name}", *([REQUIRED[name]] if group in ("reward", "hardware") and name in REQUIRED else [])]
+    return [
+        f"{group}={name}",
+        *WITH.get(group, []),
+        *WITH.get(f"{group}={name}", []),
+        *([REQUIRED[name]] if group in ("reward", "hardware") and name in REQUIRED else []),
+    ]
 
 
+WITH = {
+    "combine": ["reward=[bleu,length]"],
+    "combine=lagrangian": ["combine.thresholds.length=0.5"],
+    "combine=maxmin_records": ["combine.by_meta=team", "dataset.columns.meta.team=team"],
+    "rollout=greedy": ["algo=sft"],  # equal samples are refused in training; recorded rows need none
+}
 PAIRS = ["dataset=preferences", "dataset.path=DATA"]
 
 
@@ -139,18 +151,18 @@ def test_every_option_composes_builds_and_plans(group: str, name: str) -> None:
     if group not in ("algo", "debug", "objective", "reduce"):
         assert name in str(cfg.names[group])
     plain = OmegaConf.to_container(cfg, resolve=True)
-    reserved = ("weight",)
     found = list(nodes(plain, ""))
     assert found
     for key, node in found:
-        kept = reserved if key.startswith("reward.") else ("rows", "turns") if key == "environment" else ()
+        own = {"combine": RULE_RESERVED, "environment": OWN}
+        kept = RESERVED if key.startswith("reward.") else own.get(key, ())
         check_node(node, key, reserved=kept)
         if node["_target_"] not in NEEDS_PATH and not key.startswith("tracker."):
             made: Any = build(node, key, reserved=kept)
             assert callable(made) or hasattr(made, "reset"), key
     plan = validate(cfg)
     assert plan.stages and plan.learners
-    if group in ("credit", "reward", "shaping", "objective", "reduce") and name != "none":
+    if group in ("credit", "combine", "reward", "shaping", "objective", "reduce") and name != "none":
         target = option_node(group, name)
         target = target if "_target_" in target else next(iter(target.values()))
         last = target["_target_"].rpartition(".")[2]

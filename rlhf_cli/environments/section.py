@@ -7,6 +7,9 @@ from typing import Any
 
 from rlhf_cli.config import build, check_node, nearest
 from rlhf_cli.errors import ConfigError
+from rlhf_cli.judges.judge import check_section, describe
+from rlhf_cli.plan_reward import wants
+from rlhf_cli.rewards.nodes import RESERVED, reward_nodes
 from rlhf_cli.signature import Signature
 
 OWN = ("rows", "turns")  # keys that every environment's section has besides its own settings
@@ -20,11 +23,11 @@ def chosen(cfg: Any) -> bool:
 
 def check(cfg: Any, source: str) -> Signature | None:
     """The environment's signature, after the checks that need no model; None without one."""
-    wants = [name for name, node in (cfg.reward or {}).items() if node and _flag(cfg, node, f"reward.{name}")]
+    asked = [node.name for node in reward_nodes(cfg) if _flag(cfg, node.settings, node.key)]
     if not chosen(cfg):
-        if wants:
+        if asked:
             raise ConfigError(
-                f"reward={wants[0]}: there is no environment; type environment=NAME (rlhf list environment)"
+                f"reward={asked[0]}: there is no environment; type environment=NAME (rlhf list environment)"
             )
         return None
     env = cfg.environment
@@ -37,9 +40,16 @@ def check(cfg: Any, source: str) -> Signature | None:
         raise ConfigError(
             f"environment.rows: {env['rows']!r} is not allowed; choose one of {', '.join(FORMS)}{nearest(str(env['rows']), FORMS)}"
         )
+    if wants(cfg).references:
+        raise ConfigError(
+            "environment: a prepass compares with single responses of the initial policy; type environment=none, or a shaping without references"
+        )
     if not isinstance(env["turns"], int) or env["turns"] < 1:
         raise ConfigError(f"environment.turns: {env['turns']} is not allowed; type a whole number from 1 on")
-    return check_node(env, "environment", allow=cfg.allow_targets, reserved=OWN)[0]
+    sig = check_node(env, "environment", allow=cfg.allow_targets, reserved=OWN)[0]
+    if sig.flags.get("asks_judge"):
+        check_section(cfg.judge)
+    return sig
 
 
 def does(cfg: Any) -> str:
@@ -51,8 +61,19 @@ def does(cfg: Any) -> str:
     return f"{k} dialogues with {name} from each prompt, up to {turns} turns"
 
 
+def models(cfg: Any) -> dict[str, str]:
+    """What it asks, for the plan."""
+    if not chosen(cfg) or not check_node(cfg.environment, "environment", allow=cfg.allow_targets, reserved=OWN)[
+        0
+    ].flags.get("asks_judge"):
+        return {}
+    return {"judge": describe(cfg.judge)}
+
+
 def make(cfg: Any) -> Any:
-    """The environment, with the judge that it asks."""
+    """The environment, with the judge that it asks; None without one."""
+    if not chosen(cfg):
+        return None
     environment: Any = build(cfg.environment, "environment", allow=list(cfg.allow_targets), reserved=OWN)
     if getattr(environment, "asks_judge", False):
         from rlhf_cli.judges.judge import judge_of
@@ -62,4 +83,4 @@ def make(cfg: Any) -> Any:
 
 
 def _flag(cfg: Any, node: Mapping[str, Any], key: str) -> bool:
-    return bool(check_node(node, key, allow=cfg.allow_targets, reserved=("weight",))[0].flags.get("needs_environment"))
+    return bool(check_node(node, key, allow=cfg.allow_targets, reserved=RESERVED)[0].flags.get("needs_environment"))

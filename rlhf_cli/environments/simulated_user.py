@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Protocol
 
 from rlhf_cli.data.record import Record
 from rlhf_cli.environments.calculator import instructed
@@ -50,29 +50,19 @@ class SimulatedUser:
     A turn that is not `<profile>\\n...</profile>\\n\\n<response>\\n...</response>` earns 0. The F1 counts points of the hidden profile
     that the inferred one holds; the verdict is 1 where the reply is natural, relevant, logical, engaging and informative, judged
     against the inferred profile. The profile stands in `meta.profile` of the record and never in what the policy reads.
-    Parts: `profile`, `reply`, `form`. See Zhao et al., Teaching Language Models to Evolve with Users: Dynamic Profile Modeling for
+    Parts: `profile`, `reply`, `form`. Here the user is a script and points count word for word; `judged_user.py` asks a model.
+    See Zhao et al., Teaching Language Models to Evolve with Users: Dynamic Profile Modeling for
     Personalized Alignment, arXiv:2505.15456, sections 2-4.
     """
 
-    def __init__(
-        self, *, mind: Literal["script", "judge"], strip_tags: bool, reply_weight: float, instruct: bool
-    ) -> None:
+    def __init__(self, *, strip_tags: bool, reply_weight: float, instruct: bool) -> None:
         """Args:
-        mind: judge (the model of the `judge` section plays the user, counts points and judges replies) or script (a user
-            by rule that tells one point when it is asked something; points count word for word)
         strip_tags: in what the policy reads, only its newest turn keeps profile and tags; needs environment.rows=turn
         reply_weight: of the verdict on the reply beside the profile's F1
         instruct: say in a system turn which form a turn has
         """
         self.strip_tags, self.reply_weight, self.instruct = strip_tags, reply_weight, instruct
-        self.asks_judge = mind == "judge"
         self.mind: Mind = Script()
-
-    def connect(self, judge: Any) -> None:
-        """Get the judge."""
-        from rlhf_cli.environments.judged_mind import JudgedMind
-
-        self.mind = JudgedMind(judge)
 
     def reset(self, record: Record, seed: int) -> Episode:
         """The record's first message."""

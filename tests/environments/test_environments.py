@@ -1,5 +1,6 @@
 """The environments by themselves: no model, no tokens."""
 
+import json
 import math
 from typing import Any
 
@@ -10,9 +11,14 @@ from rlhf_cli.data.record import Record
 from rlhf_cli.environments.calculator import Calculator, evaluate
 from rlhf_cli.environments.episode import steps
 from rlhf_cli.environments.guess_number import GuessNumber
+from rlhf_cli.environments.judged_user import CRITERIA, JudgedUser
 from rlhf_cli.environments.profile import bare, f1, parse, points
 from rlhf_cli.environments.simulated_user import SimulatedUser
 from rlhf_cli.errors import ConfigError
+from rlhf_cli.judges.ask import Reply, Sampling
+from rlhf_cli.judges.cache import Cache
+from rlhf_cli.judges.judge import Judge
+from rlhf_cli.judges.rule import Rule
 from rlhf_cli.plan import validate
 
 
@@ -113,7 +119,7 @@ GOLD = [f"slot{i}: v{i}" for i in range(5)]
 
 
 def user(**changes: Any) -> SimulatedUser:
-    settings: dict[str, Any] = {"mind": "script", "strip_tags": True, "reply_weight": 1.0, "instruct": True}
+    settings: dict[str, Any] = {"strip_tags": True, "reply_weight": 1.0, "instruct": True}
     return SimulatedUser(**(settings | changes))
 
 
@@ -175,3 +181,64 @@ def test_mistakes_are_told_in_one_line(words: list[str], said: str | None) -> No
     with pytest.raises(ConfigError) as e:
         validate(compose("train", words, None))
     assert said is None or str(e.value) == said
+
+
+# -- the judged user ---------------------------------------------------------------------------------------------------
+
+
+class Answers:
+    """A judge that replies by the question's schema."""
+
+    def __init__(self, **replies: str) -> None:
+        self.replies, self.asked = replies, []  # type: ignore[var-annotated]
+
+    def check(self, asks: Any) -> None:
+        pass
+
+    def ask(self, asks: Any) -> list[Reply]:
+        self.asked += asks
+        names = [next(iter(a.schema["properties"])) for a in asks]
+        return [Reply(self.replies[n]) if n in self.replies else Reply(error="no connection") for n in names]
+
+
+def judged(**replies: str) -> tuple[JudgedUser, Answers]:
+    env, judge = JudgedUser(strip_tags=True, reply_weight=1.0, instruct=True), Answers(**replies)
+    env.connect(judge)  # type: ignore[arg-type]
+    return env, judge
+
+
+def verdict(**wrong: bool) -> str:
+    return json.dumps(dict.fromkeys(CRITERIA, True) | wrong)
+
+
+def test_a_judge_plays_the_user_counts_and_judges() -> None:
+    env, judge = judged(message='{"message": "I bake."}', covered='{"covered": 3}', naturalness=verdict())
+    first = env.reset(record(meta={"profile": GOLD}), 0)
+    made = env.step(first, turn(["a", "b", "c", "d"], "Hi?"))
+    assert made.reward == pytest.approx(1.666667, abs=1e-6) and made.episode.messages[-1]["content"] == "I bake."
+    told = {next(iter(a.schema["properties"])): a.user for a in judge.asked}
+    assert "<profile>" not in told["message"] and GOLD[0] in told["message"], (
+        "the user knows itself and sees bare replies"
+    )
+    assert GOLD[0] not in told["naturalness"] and "d" in told["naturalness"], (
+        "replies are judged against the inferred profile"
+    )
+    one_fails, _ = judged(message='{"message": "x"}', covered='{"covered": 9}', naturalness=verdict(logic=False))
+    assert one_fails.step(first, turn(["a", "b"], "Hi?")).reward == pytest.approx(f1(2, 2, 5)), "hits are clamped"
+
+
+def test_a_judge_that_fails_is_missing_and_a_user_that_fails_has_left() -> None:
+    first = user().reset(record(meta={"profile": GOLD}), 0)
+    silent, _ = judged()
+    made = silent.step(first, turn(["a"], "Hi?"))
+    assert made.reward is None and made.done and made.reason == "no connection"
+    odd, _ = judged(message='{"message": "x"}', covered='{"covered": true}', naturalness=verdict())
+    assert odd.step(first, turn(["a"], "Hi?")).reward is None
+    assert silent.step(first, "no form").reward == 0.0, "a malformed turn needs no judge"
+
+
+def test_the_rule_that_stands_in_answers_in_the_right_form() -> None:
+    env = JudgedUser(strip_tags=True, reply_weight=1.0, instruct=True)
+    env.connect(Judge(Rule("hash"), Sampling(0.0, 64, True, {}), Cache(None)))
+    made = env.step(env.reset(record(meta={"profile": GOLD}), 0), turn(GOLD[:2], "Who are you?"))
+    assert made.reward is not None and 0 <= made.reward <= 2 and made.episode.messages[-1]["content"] == GOLD[0]
