@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rlhf_cli import plan_reward, standins
+from rlhf_cli import frozen, plan_reward, standins
 from rlhf_cli.checks import check_numbers
 from rlhf_cli.config import check_node, nearest
 from rlhf_cli.environments import section as dialogue
@@ -28,6 +28,7 @@ TERM_KEYS = ("objective", "reduce", "coef")
 def validate(cfg: Any) -> Plan:
     """Walk the stages in order; every column a stage takes must have been made by an earlier one. Raises ConfigError in one sentence."""
     check_numbers(cfg)
+    frozen.check(cfg)
     plan = Plan(source=source_kind(cfg))
     dialogue.check(cfg, plan.source)
     have = set(BASE)
@@ -143,9 +144,10 @@ def _why_absent(cfg: Any, plan: Plan, column: str, learner: str) -> str:
         return SOURCE_ONLY[column]
     if column in ("label", "margin", "pair_weight"):
         return f"the dataset has no {column}: map it with dataset.columns"
-    if column in ("logp", "entropy", "old_logp", "ref_logp"):
+    if column in ("logp", "entropy", "old_logp", "ref_logp", "full_logp"):
         return "it comes from a policy, and no policy is loaded"
-    return f"no stage makes it{nearest(column, (*BASE, *SAMPLED))}"
+    other = f"no stage makes it{nearest(column, (*BASE, *SAMPLED))}"
+    return frozen.absent(column) if column.endswith(frozen.SUFFIX) else other
 
 
 def _source(cfg: Any, plan: Plan, have: set[str]) -> None:
@@ -259,8 +261,15 @@ def _annotate(cfg: Any, plan: Plan, have: set[str], wanted: frozenset[str]) -> N
     if "ref_logp" in wanted and policy:
         have.add("ref_logp")
         filled.append("ref_logp")
-        own = "the disabled adapter" if cfg.model.lora.r else "a frozen copy of the initial policy"
-        plan.models["reference"] = f"gives ref_logp: {own if cfg.model.reference == 'auto' else cfg.model.reference}"
+        plan.models["reference"] = frozen.reference(cfg)
+    own = ["full_logp"] if "full_logp" in wanted and "policy" in plan.learners else []
+    have.update(own)
+    filled += own
+    frozen.refuse_idle(cfg, wanted, trained="logp" in HEADS.get(plan.learners.get("policy", ""), ()))
+    plan.models |= {name: frozen.described(cfg, name) for name in cfg.frozen}
+    named = [column for column in frozen.columns(cfg) if column in wanted]
+    have.update(named)
+    filled += named
     critics = [n for n, head in plan.learners.items() if "value_new" in HEADS[head]]
     if "value" in wanted and critics:
         have.add("value")

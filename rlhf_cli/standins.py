@@ -62,8 +62,11 @@ def _paths(node: Any) -> Iterator[str]:
 
 
 def _models(cfg: Any) -> Iterator[tuple[str, Any]]:
-    """(key, node) of every reward that loads a model by path."""
-    return ((key, node) for key, node in _rewards(cfg) if "path" in node and _flag(cfg, node, key, "loads_model"))
+    """(key, node) of every model that is read by path: of `frozen`, of a soup, of rewards."""
+    yield from ((f"frozen.{name}", section) for name, section in cfg.frozen.items())
+    if cfg.model.reference == "soup":
+        yield "model.soup", cfg.model.soup
+    yield from ((k, node) for k, node in _rewards(cfg) if "path" in node and _flag(cfg, node, k, "loads_model"))
 
 
 def _rewards(cfg: Any) -> Iterator[tuple[str, Any]]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_cli import gates, stages
+from rlhf_cli import frozen, gates, readers, stages
 from rlhf_cli.data.loading import load
 from rlhf_cli.data.record import Record, as_demonstrations, check_lengths, check_references, leading
 from rlhf_cli.data.text import check_dialogue, render, response_ids
@@ -21,7 +21,7 @@ from rlhf_cli.engine.deepspeed import DeepSpeedEngine, Frozen, Setup
 from rlhf_cli.environments import section as dialogue
 from rlhf_cli.models import fused, loading, packing
 from rlhf_cli.models.heads import PolicyHead, ScalarHead, SharedHead, inner
-from rlhf_cli.models.lora import add_lora, reference_disabled
+from rlhf_cli.models.lora import add_lora
 from rlhf_cli.pipeline import make_pipeline
 from rlhf_cli.plan import HEADS, Plan, learner_sections, validate
 from rlhf_cli.prepass import Prepass, make_prepass
@@ -76,11 +76,12 @@ def make_run(cfg: Any, comm: Comm, record: Any, folder: Path | None = None) -> t
     packing.register()
     sections = learner_sections(cfg)
     heads = {name: make_head(cfg, section, comm, plan) for name, section in sections.items()}
-    reference = make_reference(cfg, heads, plan, comm)
+    read_only = make_readers(cfg, heads, plan, comm)
     scorable = "policy" in plan.learners and can_score(cfg, heldout)
     actor = make_actor(cfg, heads, plan, comm) if sampled or scorable else None
     engines = {name: DeepSpeedEngine(name, head, setup_of(cfg, sections[name]), comm) for name, head in heads.items()}
-    sampler, publish = make_sampler(cfg, actor, tokenizer, comm, engines.get("policy"), record.count)
+    followers = readers.followers(cfg, read_only, engines)
+    sampler, publish = make_sampler(cfg, actor, tokenizer, comm, engines.get("policy"), record.count, read_only)
     rest = _nothing
     if sampled:
         assert sampler is not None
@@ -108,7 +109,7 @@ def make_run(cfg: Any, comm: Comm, record: Any, folder: Path | None = None) -> t
         stages_of |= {"score": stages.keep, "select": stages.keep}
     run = Run(
         source=source,
-        annotate=stages.annotating(annotations(plan, engines, reference)),
+        annotate=stages.annotating(annotations(plan, engines, read_only)),
         engines=engines,
         **stages_of,
         check=checks,
@@ -116,18 +117,18 @@ def make_run(cfg: Any, comm: Comm, record: Any, folder: Path | None = None) -> t
         record=record,
         start=0,
         steps=cfg.steps,
+        follow=partial(readers.follow, list(followers.values())),
     )
     for name, (_, part) in (scorer.scorers if scorer is not None else {}).items():
         build.keep(f"reward.{name}", part)
-    state = {"source": source, "constant_reward": checks.constant, **build.state}
+    state = {"source": source, "constant_reward": checks.constant, **build.state, **followers}
     eval_scorer = scorer if sampled else make_scorer(cfg) if scorable else None
     probe = partial(probe_rows, encoded=encoded[:2], records=train[:2])
-    frozen = [reference.module] if reference is not None else []
     return run, Parts(
         plan=plan,
         tokenizer=tokenizer,
         engines=engines,
-        heads=[*heads.values(), *frozen],
+        heads=[*heads.values(), *(r.module for r in read_only.values())],
         sampler=sampler,
         eval_scorer=eval_scorer,
         probe=probe,
@@ -159,7 +160,13 @@ def make_actor(cfg: Any, heads: Mapping[str, nn.Module], plan: Plan, comm: Comm)
 
 
 def make_sampler(
-    cfg: Any, actor: nn.Module | None, tokenizer: Any, comm: Comm, learner: Any, count: Any
+    cfg: Any,
+    actor: nn.Module | None,
+    tokenizer: Any,
+    comm: Comm,
+    learner: Any,
+    count: Any,
+    read_only: Mapping[str, Frozen] | None = None,
 ) -> tuple[Any, Callable[[], None]]:
     """The chosen sampler with the weights of the learner (of the actor, without one), and what brings it new ones."""
     if actor is None:
@@ -168,6 +175,8 @@ def make_sampler(
     sampler = chosen.make_sampler(cfg, actor, tokenizer, comm)
     publish = chosen.make_publish(cfg, sampler, actor, learner, comm, count)
     publish()
+    if cfg.rollout.mask.model and read_only:
+        readers.mask_sampler(cfg, sampler, read_only, tokenizer)
     return sampler, publish
 
 
@@ -189,7 +198,7 @@ def make_gates(cfg: Any, sampler: Sampler | None) -> gates.Gates:
         precision=cfg.hardware.precision,
         eos=sampler.eos if sampler is not None else [],
         stops=bool(r.stop),
-        own_reference=cfg.model.reference == "auto",
+        own_reference=cfg.model.reference == "auto" and not cfg.rollout.mask.model,
         exact_sampler=r.top_p == 1.0 and r.top_k == 0 and r.min_tokens == 0 and r.temperature > 0,
     )
 
@@ -300,23 +309,17 @@ def temperature_of(cfg: Any, plan: Plan) -> float:
     return cfg.rollout.temperature if plan.source == "sampled" and cfg.rollout.temperature > 0 else 1.0
 
 
-def make_reference(cfg: Any, heads: Mapping[str, nn.Module], plan: Plan, comm: Comm) -> Frozen | None:
-    """The frozen policy behind `ref_logp`: the disabled adapter, a copy of the initial policy, or another model."""
-    if "ref_logp" not in plan.annotate:
-        return None
-    setup = setup_of(cfg, None)
-    if cfg.model.lora.r and "policy" in heads:
-        return Frozen(heads["policy"], setup, comm, around=lambda: reference_disabled(heads["policy"].model))
-    if cfg.model.reference == "auto" and "policy" in heads:
-        head = copy.deepcopy(heads["policy"])
-    else:
-        other = copy.deepcopy(cfg.model)
-        if cfg.model.reference != "auto":
-            other.path, other.source, other.revision = cfg.model.reference, "auto", ""
-        model = loading.load_causal(other, dtype=dtype_of(cfg), seed=cfg.seed).to(comm.device)
+def make_readers(cfg: Any, heads: Mapping[str, nn.Module], plan: Plan, comm: Comm) -> dict[str, Frozen]:
+    """Models that are only read, by name."""
+
+    def head_of(model: Any) -> nn.Module:
+        model.to(comm.device)
         prepare(model, checkpointing=False)
         head = PolicyHead(model, temperature=temperature_of(cfg, plan), packing=cfg.model.packing)
-    return Frozen(head.eval().requires_grad_(False), setup, comm)
+        return head.eval().requires_grad_(False)
+
+    wants_reference = "ref_logp" in plan.annotate
+    return readers.make(cfg, heads, wants_reference, head_of, dtype_of(cfg), setup_of(cfg, None), comm)
 
 
 def setup_of(cfg: Any, section: Any) -> Setup:
@@ -330,14 +333,16 @@ def setup_of(cfg: Any, section: Any) -> Setup:
 
 
 def annotations(
-    plan: Plan, engines: Mapping[str, DeepSpeedEngine], reference: Frozen | None
+    plan: Plan, engines: Mapping[str, DeepSpeedEngine], read_only: Mapping[str, Frozen]
 ) -> dict[str, tuple[Any, str]]:
     """Columns filled from models: name -> (model, its output)."""
     critic = next((engines[n] for n, head in plan.learners.items() if "value_new" in HEADS[head]), None)
     makers = {
         "old_logp": (engines.get("policy"), "logp"),
-        "ref_logp": (reference, "logp"),
+        "ref_logp": (read_only.get("reference"), "logp"),
+        "full_logp": (engines.get("policy"), "full_logp"),
         "value": (critic, "value_new"),
+        **{frozen.column(name): (reader, "logp") for name, reader in read_only.items()},
     }
     return {c: makers[c] for c in plan.annotate}
 

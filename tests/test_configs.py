@@ -38,6 +38,14 @@ REQUIRED = {
 }
 
 
+FITTING = {
+    ("experiment", "rto"): ["frozen.dpo.path=RUN", "reward.model.path=RUN"],
+    ("experiment", "salsa"): ["model.soup.path=RUN"],
+    ("shaping", "implicit_dpo"): ["algo=ppo", "frozen.dpo.path=RUN"],
+    ("rollout", "greedy"): ["algo=sft"],  # equal samples are refused in training; recorded rows need none
+}
+
+
 def nodes(section: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every node with a target below `section`, and where it stands."""
     if isinstance(section, dict):
@@ -88,6 +96,8 @@ def words_of(group: str, name: str) -> list[str]:
         return [f"select={name}", f"algo={'dpo' if 'pairs' in name or 'worst' in name else 'grpo'}"]
     if group == "shaping" and name.partition("_")[0] in ("kl", "adaptive"):
         return [f"shaping={name}", "credit=group_norm_to_go"]
+    if (group, name) in FITTING:
+        return [f"{group}={name}", *FITTING[group, name]]
     if (group, name) == ("rollout", "vllm") and not importlib.util.find_spec("vllm"):
         pytest.skip("vLLM IS NOT INSTALLED: type make vllm")
     if group == "source":
@@ -119,6 +129,10 @@ def term_words(group: str, name: str) -> list[str]:
     takes = set(sig.columns)
     if "score_new" in takes:
         base, learner = ["algo=reward_model", *PAIRS], "reward"
+    elif "score" in takes:
+        base, learner = ["algo=dpo"] if "pairs" in takes else ["algo=ppo"], "policy"
+    elif "label" in takes:
+        base, learner = ["algo=sft", "dataset=rankings", "dataset.path=DATA"], "policy"
     elif "pairs" in takes:
         base, learner = ["algo=dpo", *PAIRS], "policy"
     else:
