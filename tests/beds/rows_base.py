@@ -27,9 +27,10 @@ OPTIMUM = "the optimum of E[r] - beta KL(pi, ref)"
 BEST = "the best response alone: nothing holds it back"
 ALL = (MEMORYLESS, TWO_TOKENS, LENGTHS)
 ONE = "batch.samples=1"
+SUM = "reduce@updates.policy.surrogate.reduce=sequence_sum"
 GRPO_SUM = (
     "algo=grpo",
-    "reduce@updates.policy.surrogate.reduce=sequence_sum",
+    SUM,
     "reduce@updates.policy.kl.reduce=sequence_sum",
 )
 K1, K2 = (f"objective@updates.policy.kl.objective=kl_{k}" for k in ("k1", "k2"))
@@ -90,6 +91,35 @@ ROWS = [
         (*GRPO_SUM, "updates.policy.kl.coef=1", "credit=leave_one_out"),
         stationary(Rule(2, leave_one_out, beta=1.0, kl=k3_slope)),
         "E[A grad log pi] = beta grad KL(ref, pi): the other direction of KL",
+    ),
+    *(
+        Row(
+            f"{name} in the loss",
+            (
+                *GRPO_SUM,
+                f"objective@updates.policy.kl.objective={option}",
+                "updates.policy.kl.coef=1",
+                "credit=leave_one_out",
+            ),
+            stationary(Rule(2, leave_one_out, beta=1.0, kl=k2_slope)),
+            "where k2 ends",
+            (TWO_TOKENS,),
+        )
+        for name, option in (("k3 with k2's gradient", "kl_k3_straight"), ("k3 times the ratio", "kl_k3_corrected"))
+    ),
+    Row(
+        "KL in the reward, not summed",
+        ("algo=grpo", SUM, "updates.policy.kl=null", "shaping=kl", "shaping.kl.beta=1", "credit=group_mean_at_token"),
+        stationary(Rule(2, centred, beta=1.0, kl=k2_slope)),
+        "where group mean, k2 ends",
+        (TWO_TOKENS,),
+    ),
+    Row(
+        "KL in the reward, summed",
+        ("algo=grpo", SUM, "updates.policy.kl=null", "shaping=kl", "shaping.kl.beta=1", "credit=group_mean_to_go"),
+        optimum(2.0),
+        "the optimum of beta K / (K - 1): the mean of the score contains the row itself, the penalty does not",
+        (TWO_TOKENS,),
     ),
     Row(
         "group mean, k2",
