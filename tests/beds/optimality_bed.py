@@ -50,13 +50,13 @@ class Row:
     steps: int = 150
     lr: float = 0.4
     groups: int = 512
-    tolerance: float = 0.01
+    tolerance: float = 0.002
     columns: Mapping[str, Callable[[Env, Experience], Tensor]] = field(default_factory=dict)
 
 
 COMMON = (
     "model=tiny_random", "dataset=quickstart", "reward=length", "tracker=none", "hardware.device=cpu", "hardware.precision=fp32",
-    "rollout.temperature=1", "rollout.max_tokens=2", "optim.schedule=linear", "batch.samples=2",
+    "rollout.temperature=1", "rollout.max_tokens=3", "optim.schedule=linear", "batch.samples=2",
 )  # fmt: skip
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from optimality_bed import Row
 from optimality_envs import (
     LENGTHS,
     MANY_UPDATES,
     MEMORYLESS,
     TWO_TOKENS,
+    Env,
     Rule,
     best,
     centred,
     centred_then_whitened,
+    corner,
     k2_slope,
     k3_slope,
     leave_one_out,
@@ -25,6 +29,7 @@ from optimality_envs import (
 
 OPTIMUM = "the optimum of E[r] - beta KL(pi, ref)"
 BEST = "the best response alone: nothing holds it back"
+SHORT = "the short response of less reward: 1 / length and 1 / std together favour it"
 ALL = (MEMORYLESS, TWO_TOKENS, LENGTHS)
 ONE = "batch.samples=1"
 SUM = "reduce@updates.policy.surrogate.reduce=sequence_sum"
@@ -36,6 +41,18 @@ GRPO_SUM = (
 K1, K2 = (f"objective@updates.policy.kl.objective=kl_{k}" for k in ("k1", "k2"))
 FAR = ("batch.epochs=300", "reduce@updates.policy.surrogate.reduce=sequence_sum", "credit=group_mean", "shaping=none")
 
+
+def held(algo: str, reduce: str, rule: Rule, says: str, envs: tuple[Env, ...]) -> Row:
+    """A recipe without a KL, given one: k2 in the loss with the recipe's own weights, so that its end tells its advantage and weights."""
+    term = "updates.policy.hold"
+    words = (
+        f"algo={algo}", f"+objective@{term}.objective=kl_k2", f"+reduce@{term}.reduce={reduce}", f"{term}.coef=1", "batch.minibatches=1"
+    )  # fmt: skip
+    return Row(f"{algo} with k2", words, stationary(replace(rule, beta=1.0, kl=k2_slope)), says, envs)
+
+
+STANDARD = standardised(1e-4)
+LESS = (TWO_TOKENS, LENGTHS)
 ROWS = [
     Row("reinforce", ("algo=reinforce", "shaping.sequence_kl.beta=1"), optimum(1.0), OPTIMUM, ALL),
     Row(
@@ -69,9 +86,23 @@ ROWS = [
     ),
     Row("dr_grpo", ("algo=dr_grpo",), best, BEST, ALL, lr=1.0),
     Row("dapo", ("algo=dapo",), best, BEST, ALL),
-    Row("gspo", ("algo=gspo", "batch.minibatches=1"), best, BEST, ALL),
+    Row("gspo", ("algo=gspo", "batch.minibatches=1"), best, BEST),
+    Row("gspo", ("algo=gspo", "batch.minibatches=1"), corner(Rule(2, STANDARD, weight=per_token)), SHORT, (LENGTHS,)),
+    Row("grpo without KL", ("algo=grpo", "updates.policy.kl=null"), best, BEST),
+    Row(
+        "grpo without KL",
+        ("algo=grpo", "updates.policy.kl=null"),
+        corner(Rule(2, STANDARD, weight=per_token)),
+        SHORT,
+        (LENGTHS,),
+    ),
     Row("gspo_token", ("algo=gspo_token", "batch.minibatches=1"), best, BEST),
-    Row("cispo", ("algo=cispo",), best, BEST),
+    Row("cispo", ("algo=cispo",), best, BEST, ALL),
+    held("dr_grpo", "constant_length", Rule(2, centred), "as with beta K / (K - 1)", LESS),
+    held("dapo", "token_mean", Rule(2, STANDARD, keep=varied), "KL counts in groups that differ only", (TWO_TOKENS,)),
+    held("gspo", "sequence_mean", Rule(2, STANDARD, weight=per_token), "GRPO's advantage, 1 / length", LESS),
+    held("gspo_token", "sequence_mean", Rule(2, STANDARD, weight=per_token), "where gspo ends", LESS),
+    held("cispo", "token_mean", Rule(2, STANDARD), "GRPO's advantage, every token weighs alike", LESS),
     # -- what a choice does ---------------------------------------------------------------------------------------------
     Row(
         "k1 in the loss",
@@ -83,7 +114,7 @@ ROWS = [
         "k2 in the loss",
         (*GRPO_SUM, K2, "updates.policy.kl.coef=1", "credit=leave_one_out"),
         stationary(Rule(2, leave_one_out, beta=1.0, kl=k2_slope)),
-        "the optimum where tokens do not depend on each other; else a token is not charged for the KL of those after it",
+        "the optimum if no token affects later ones; else none is charged for the KL of those after it",
         ALL,
     ),
     Row(
@@ -131,7 +162,7 @@ ROWS = [
         "mean per response, k2",
         ("algo=grpo", K2, "updates.policy.kl.coef=1", "credit=leave_one_out"),
         stationary(Rule(2, leave_one_out, weight=per_token, beta=1.0, kl=k2_slope)),
-        "each response weighs 1 / length: not the optimum where lengths differ",
+        "1 / length: not where k2 alone ends",
         (LENGTHS,),
     ),
     Row(
