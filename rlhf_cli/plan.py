@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf_cli import standins
+from rlhf_cli import frozen, plan_reward, standins
 from rlhf_cli.checks import check_numbers
 from rlhf_cli.config import check_node, nearest
 from rlhf_cli.errors import ConfigError
-from rlhf_cli.judges.judge import check_section, describe
+from rlhf_cli.flow import Plan, Stage
 from rlhf_cli.signature import Signature
 
 BASE = ("ids", "attention", "mask", "group", "version")
@@ -25,36 +24,14 @@ HEADS = {
 TERM_KEYS = ("objective", "reduce", "coef")
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One stage of the flow: what it takes and what it makes."""
-
-    name: str
-    does: str
-    needs: frozenset[str] = frozenset()
-    gives: tuple[str, ...] = ()
-
-
-@dataclass
-class Plan:
-    """Everything that follows from a configuration without loading a weight."""
-
-    source: str  # sampled | recorded
-    stages: list[Stage] = field(default_factory=list)
-    learners: dict[str, str] = field(default_factory=dict)  # trained model -> head
-    models: dict[str, str] = field(default_factory=dict)  # loaded model -> why
-    annotate: tuple[str, ...] = ()  # columns filled from models
-    greedy: bool = False  # a greedy response to every prompt is scored as its baseline
-    notes: list[str] = field(default_factory=list)
-
-
 def validate(cfg: Any) -> Plan:
     """Walk the stages in order; every column a stage takes must have been made by an earlier one. Raises ConfigError in one sentence."""
     check_numbers(cfg)
+    frozen.check(cfg)
     plan = Plan(source=source_kind(cfg))
     have = set(BASE)
     _source(cfg, plan, have)
-    _scorers(cfg, plan, have)
+    plan_reward.scorers(cfg, plan, have)
     plan.notes += standins.notes(cfg)
     _select(cfg, plan, have)
     terms = list(_terms(cfg))
@@ -92,6 +69,8 @@ def validate(cfg: Any) -> Plan:
             extra=learner,
         )
     _unused(plan, terms)
+    if plan.source == "sampled":
+        plan_reward.check_spans(cfg, read=any("reward" in s.needs for s in plan.stages))
     return plan
 
 
@@ -139,7 +118,7 @@ def _stage(
 def _why_absent(cfg: Any, plan: Plan, column: str, learner: str) -> str:
     if column == "pairs":
         return "no stage makes pairs: choose a dataset with preferences (dataset=preferences), or a reward and select=best_vs_worst"
-    if column in ("score", "reward"):
+    if column in ("score", "reward", *plan_reward.REFERENCE):
         return (
             "no reward gives a score: type reward=bleu (rlhf list reward)"
             if plan.source == "sampled"
@@ -157,9 +136,10 @@ def _why_absent(cfg: Any, plan: Plan, column: str, learner: str) -> str:
         return "recorded rows were not drawn by this policy: type source=sampled"
     if column in ("label", "margin", "pair_weight"):
         return f"the dataset has no {column}: map it with dataset.columns"
-    if column in ("logp", "entropy", "old_logp", "ref_logp"):
+    if column in ("logp", "entropy", "old_logp", "ref_logp", "full_logp"):
         return "it comes from a policy, and no policy is loaded"
-    return f"no stage makes it{nearest(column, (*BASE, *SAMPLED))}"
+    other = f"no stage makes it{nearest(column, (*BASE, *SAMPLED))}"
+    return frozen.absent(column) if column.endswith(frozen.SUFFIX) else other
 
 
 def _source(cfg: Any, plan: Plan, have: set[str]) -> None:
@@ -186,34 +166,6 @@ def _source(cfg: Any, plan: Plan, have: set[str]) -> None:
     plan.stages.append(Stage("source", f"read recorded responses of {where}", frozenset(), (*BASE, *made)))
     if cfg.reward:
         plan.notes.append(f"reward={','.join(cfg.reward)} is not used: the responses are recorded, not sampled")
-
-
-def _scorers(cfg: Any, plan: Plan, have: set[str]) -> None:
-    if plan.source != "sampled":
-        return
-    for name, node in (cfg.reward or {}).items():
-        sig = _check(cfg, node, f"reward.{name}", reserved=("weight",))
-        if sig.flags.get("needs_references") and "references" not in _dataset_gives(cfg):
-            raise ConfigError(
-                f"reward={name} compares with references, and this dataset maps none; type dataset.columns.references=COLUMN, or another reward"
-            )
-        if sig.flags.get("needs_links") and "link" not in _dataset_gives(cfg):
-            raise ConfigError(
-                f"reward={name} compares the answers to linked prompts, and this dataset links none; type dataset.columns.link=COLUMN"
-            )
-        if "path" in sig.params and not node.get("path"):
-            raise ConfigError(
-                f"reward.{name}.path is empty; type reward.{name}.path={sig.flags.get('path_is', 'FILE')}"
-            )
-        plan.stages.append(
-            Stage(f"reward.{name}", f"{_short(sig)} x {float(node.get('weight', 1.0)):g}", frozenset(), ("score",))
-        )
-        have.add("score")
-        if sig.flags.get("asks_judge"):
-            check_section(cfg.judge)
-            plan.models["judge"] = describe(cfg.judge)
-        if sig.flags.get("loads_model"):
-            plan.models[f"reward.{name}"] = f"scores responses ({node['path']})"
 
 
 def _select(cfg: Any, plan: Plan, have: set[str]) -> None:
@@ -305,8 +257,15 @@ def _annotate(cfg: Any, plan: Plan, have: set[str], wanted: frozenset[str]) -> N
     if "ref_logp" in wanted and policy:
         have.add("ref_logp")
         filled.append("ref_logp")
-        own = "the disabled adapter" if cfg.model.lora.r else "a frozen copy of the initial policy"
-        plan.models["reference"] = f"gives ref_logp: {own if cfg.model.reference == 'auto' else cfg.model.reference}"
+        plan.models["reference"] = frozen.reference(cfg)
+    own = ["full_logp"] if "full_logp" in wanted and "policy" in plan.learners else []
+    have.update(own)
+    filled += own
+    frozen.refuse_idle(cfg, wanted, trained="logp" in HEADS.get(plan.learners.get("policy", ""), ()))
+    plan.models |= {name: frozen.described(cfg, name) for name in cfg.frozen}
+    named = [column for column in frozen.columns(cfg) if column in wanted]
+    have.update(named)
+    filled += named
     critics = [n for n, head in plan.learners.items() if "value_new" in HEADS[head]]
     if "value" in wanted and critics:
         have.add("value")

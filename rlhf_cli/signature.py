@@ -41,6 +41,7 @@ class Signature:
     doc: str
     rowwise: bool
     per_row: bool
+    linear: bool
     flags: dict[str, Any]  # literal class attributes, e.g. needs_references = True
 
 
@@ -67,6 +68,7 @@ def signature(target: str) -> Signature:
         doc=doc.strip(),
         rowwise="rowwise" in marks,
         per_row="per_row" in marks,
+        linear="linear" in marks,
         flags=_flags(node) if isinstance(node, ast.ClassDef) else {},
     )
 

@@ -12,10 +12,12 @@ from torch import Tensor
 from rlhf_cli.engine.comm import Comm
 from rlhf_cli.errors import GateError
 from rlhf_cli.inject import call
+from rlhf_cli.shaping.chain import apply
 from rlhf_cli.shaping.place import at_end
 from rlhf_cli.types import Experience, Narrowed, Sample, Scorer, Scores, Selection
 
 Stage = Callable[[Experience], Experience]
+Join = Callable[[Scores, Experience], tuple[Experience, dict[int, str]]]
 
 
 class Inferable(Protocol):
@@ -45,17 +47,22 @@ def scoring(
     count: Callable[[Mapping[str, float]], None] = _ignore,
     note: Callable[[str], None] = _ignore,
     took: Callable[[Mapping[str, float]], None] = _ignore,
+    join: Join | None = None,
 ) -> Stage:
     """Score whole groups, each on one rank, and drop the rows whose score is missing.
 
-    `max_failures`: largest fraction of missing scores tolerated in a step. `watch` sees the raw scores that are there,
-    `count` how many each reward lacks, `note` the first reason, `took` what the scorers spent. A scorer with `observe` is
-    shown the whole scored step on every rank, once all have scored it.
+    `max_failures`: largest fraction of missing scores tolerated in a step. `watch` sees the scores that are there,
+    `count` how many each reward lacks, `note` the first reason, `took` what the scorers spent. A scorer
+    with `observe` is shown the whole scored step on every rank, once all have scored it. `join` makes one score of all rewards,
+    with everything that needs the whole step; without it the scorer's own value counts.
     """
+    join = join or as_scored
 
     def score(exp: Experience) -> Experience:
         scores = score_sharded(scorer, exp, comm)
-        missing = scores.missing if scores.missing is not None else torch.zeros(len(exp), dtype=torch.bool)
+        exp, lost = join(scores, replace(exp, components=dict(scores.components)))
+        scores = replace(scores, reasons={**lost, **scores.reasons})
+        missing = exp.score.isnan()
         count({f"{k}/missing": float(x.isnan().sum()) for k, x in scores.components.items() if "/" not in k})
         took(scores.timing)
         first = first_reason(scores, exp.samples)
@@ -67,12 +74,21 @@ def scoring(
         if first:
             note(f"{len(scores.reasons)} of {len(exp)} responses lack a score; {first}")
         getattr(scorer, "observe", _see_nothing)(exp.samples, scores, comm)
-        exp = replace(exp, score=scores.value, components=dict(scores.components))
         exp = exp.rows((~missing).nonzero().flatten()) if missing.any() else exp
         watch(exp.score)
         return exp
 
     return score
+
+
+def as_scored(scores: Scores, exp: Experience) -> tuple[Experience, dict[int, str]]:
+    """The scorer's own value; NaN where it is missing."""
+    if scores.spans:
+        raise GateError(
+            "a reward gives spans (token rewards), and nothing here places them; return one number a response"
+        )
+    value = scores.value if scores.missing is None else scores.value.masked_fill(scores.missing, float("nan"))
+    return replace(exp, score=value), {}
 
 
 def first_reason(scores: Scores, samples: Sequence[Sample]) -> str:
@@ -89,23 +105,21 @@ def score_sharded(scorer: Scorer, exp: Experience, comm: Comm) -> Scores:
     value, missing = torch.zeros(len(exp)), torch.zeros(len(exp), dtype=torch.bool)
     components: dict[str, Tensor] = {}
     reasons: dict[int, str] = {}
+    spans: list[tuple[int, int, int, float]] = []
     timing: dict[str, float] = {}
     for rows, scores in gathered:
         if scores is None:
             continue
         for name, spent in scores.timing.items():
             timing[name] = timing.get(name, 0.0) + spent
-        if scores.spans:
-            raise GateError(
-                "a reward gives spans (token rewards), and this version places values only; return one number a response"
-            )
+        spans += [(int(rows[i]), start, end, x) for i, start, end, x in scores.spans or ()]
         value[rows] = scores.value.float()
         if scores.missing is not None:
             missing[rows] = scores.missing
         reasons |= {int(rows[i]): why for i, why in scores.reasons.items()}
         for name, x in scores.components.items():
             components.setdefault(name, torch.full((len(exp),), float("nan")))[rows] = x.float()
-    return Scores(value, missing, components, reasons=reasons, timing=timing)
+    return Scores(value, missing, components, spans or None, reasons, timing)
 
 
 def baselined(score: Stage, count: Callable[[Mapping[str, float]], None] = _ignore) -> Stage:
@@ -143,7 +157,7 @@ def shuffled(score: Stage, seed: int) -> Stage:
         if not len(exp):
             return exp
         g = torch.Generator().manual_seed(seed * 1_000_003 + int(exp.version.max()))
-        return replace(exp, score=exp.score[torch.randperm(len(exp), generator=g)])
+        return replace(exp, score=exp.score[torch.randperm(len(exp), generator=g)], span_reward=None)
 
     return stage
 
@@ -173,26 +187,26 @@ def annotating(columns: Mapping[str, tuple[Inferable, str]]) -> Stage:
         models = {id(model): model for model, _ in columns.values()}
         wanted = {i: frozenset(out for model, out in columns.values() if id(model) == i) for i in models}
         found = {i: model.infer(exp, wanted[i]) for i, model in models.items()}
-        return replace(exp, **{name: found[id(model)][out] for name, (model, out) in columns.items()})
+        return exp.filled({name: found[id(model)][out] for name, (model, out) in columns.items()})
 
     return annotate
 
 
 def shaping(shapers: Sequence[Callable[..., Tensor]], count: Callable[..., None] = _ignore) -> Stage:
-    """A shaper that returns [N] replaces `score`; one that returns [N, T] is added to `reward`. The score lands on the last trained token."""
+    """A shaper that returns [N] replaces `score`; one that returns [N, T] is added to `reward`.
+
+    What a scorer placed on tokens stays there, and the rest of the score lands on the last trained token: token rewards that came
+    with the score never add to it.
+    """
 
     def shape(exp: Experience) -> Experience:
         if exp.score is None or not len(exp):
             return exp
-        dense = torch.zeros(exp.ids.shape)
-        for fn in shapers:
-            out = call(fn, exp)
-            told(fn, count, "shaping")
-            if out.ndim == 1:
-                exp = replace(exp, score=out)
-            else:
-                dense = dense + out
-        return replace(exp, reward=dense + at_end(exp.score, exp.mask))
+        exp, dense = apply(shapers, exp, keep_references=False, after=lambda fn: told(fn, count, "shaping"))
+        rest = exp.score
+        if exp.span_reward is not None:
+            dense, rest = dense + exp.span_reward, rest - exp.span_reward.sum(-1)
+        return replace(exp, reward=dense + at_end(rest, exp.mask))
 
     return shape
 

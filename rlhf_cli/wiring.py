@@ -6,12 +6,13 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rlhf_cli import gates, stages
+from rlhf_cli import frozen, gates, readers, stages
 from rlhf_cli.data.loading import load
 from rlhf_cli.data.record import Record, as_demonstrations, check_lengths, check_references, leading
 from rlhf_cli.data.text import render, response_ids
@@ -19,10 +20,13 @@ from rlhf_cli.engine.comm import Comm
 from rlhf_cli.engine.deepspeed import DeepSpeedEngine, Frozen, Setup
 from rlhf_cli.models import fused, loading, packing
 from rlhf_cli.models.heads import PolicyHead, ScalarHead, SharedHead, inner
-from rlhf_cli.models.lora import add_lora, reference_disabled
+from rlhf_cli.models.lora import add_lora
 from rlhf_cli.pipeline import make_pipeline
 from rlhf_cli.plan import HEADS, Plan, learner_sections, validate
+from rlhf_cli.prepass import Prepass, make_prepass
+from rlhf_cli.rewards.direction import written
 from rlhf_cli.rewards.make import make_scorer
+from rlhf_cli.rewards.stage import make_scoring
 from rlhf_cli.rollout.backends import backend
 from rlhf_cli.rollout.sampler import Sampler
 from rlhf_cli.sources.assemble import rows, sample_of
@@ -49,10 +53,11 @@ class Parts:
     recorded_heldout: Recorded | None
     gates: gates.Gates
     state: dict[str, Any]  # name -> object with state_dict
+    prepass: Prepass | None = None  # runs before the first step
 
 
-def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
-    """Build everything a training run needs. Raises ConfigError for what only data and models can tell."""
+def make_run(cfg: Any, comm: Comm, record: Any, folder: Path | None = None) -> tuple[Run, Parts]:
+    """Build everything a training run needs; `folder` is its directory. Raises ConfigError for what only data and models can tell."""
     plan = validate(cfg)
     sampled = plan.source == "sampled"
     scorer = make_scorer(cfg) if sampled else None
@@ -67,11 +72,13 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
     packing.register()
     sections = learner_sections(cfg)
     heads = {name: make_head(cfg, section, comm, plan) for name, section in sections.items()}
-    reference = make_reference(cfg, heads, plan, comm)
+    read_only = make_readers(cfg, heads, plan, comm)
     scorable = "policy" in plan.learners and can_score(cfg, heldout)
     actor = make_actor(cfg, heads, plan, comm) if sampled or scorable else None
     engines = {name: DeepSpeedEngine(name, head, setup_of(cfg, sections[name]), comm) for name, head in heads.items()}
-    sampler, publish = make_sampler(cfg, actor, tokenizer, comm, engines.get("policy"), record.count)
+    followers = readers.followers(cfg, read_only, engines)
+    sampler, publish = make_sampler(cfg, actor, tokenizer, comm, engines.get("policy"), record.count, read_only)
+    rest = _nothing
     if sampled:
         assert sampler is not None
         rest = getattr(sampler, "rest", _nothing)  # an engine that gives its memory back while the learner trains
@@ -89,8 +96,9 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
         )
 
     checks = make_gates(cfg, sampler)
-    score = make_scoring(cfg, plan, scorer, comm, checks, record)
     build = Builder(cfg.allow_targets)
+    ask = partial(make_prepass, cfg, train, encoded, sampler, scorer, comm, folder, rest)
+    score, prepass = make_scoring(cfg, plan, scorer, comm, checks, record, tokenizer, build, ask)
     pipeline = make_pipeline(cfg, plan, build, record.count)
     stages_of = vars(pipeline) | {"score": score}
     if cfg.batch.resample > 1 and sampled:
@@ -100,7 +108,7 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
         stages_of |= {"score": stages.keep, "select": stages.keep}
     run = Run(
         source=source,
-        annotate=stages.annotating(annotations(plan, engines, reference)),
+        annotate=stages.annotating(annotations(plan, engines, read_only)),
         engines=engines,
         **stages_of,
         check=checks,
@@ -108,18 +116,18 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
         record=record,
         start=0,
         steps=cfg.steps,
+        follow=partial(readers.follow, list(followers.values())),
     )
     for name, (_, part) in (scorer.scorers if scorer is not None else {}).items():
         build.keep(f"reward.{name}", part)
-    state = {"source": source, "constant_reward": checks.constant, **build.state}
+    state = {"source": source, "constant_reward": checks.constant, **build.state, **followers}
     eval_scorer = scorer if sampled else make_scorer(cfg) if scorable else None
     probe = partial(probe_rows, encoded=encoded[:2], records=train[:2])
-    frozen = [reference.module] if reference is not None else []
     return run, Parts(
         plan=plan,
         tokenizer=tokenizer,
         engines=engines,
-        heads=[*heads.values(), *frozen],
+        heads=[*heads.values(), *(r.module for r in read_only.values())],
         sampler=sampler,
         eval_scorer=eval_scorer,
         probe=probe,
@@ -128,6 +136,7 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
         recorded_heldout=recorded_heldout,
         gates=checks,
         state=state,
+        prepass=prepass,
     )
 
 
@@ -140,7 +149,13 @@ def make_actor(cfg: Any, heads: Mapping[str, nn.Module], plan: Plan, comm: Comm)
 
 
 def make_sampler(
-    cfg: Any, actor: nn.Module | None, tokenizer: Any, comm: Comm, learner: Any, count: Any
+    cfg: Any,
+    actor: nn.Module | None,
+    tokenizer: Any,
+    comm: Comm,
+    learner: Any,
+    count: Any,
+    read_only: Mapping[str, Frozen] | None = None,
 ) -> tuple[Any, Callable[[], None]]:
     """The chosen sampler with the weights of the learner (of the actor, without one), and what brings it new ones."""
     if actor is None:
@@ -149,6 +164,8 @@ def make_sampler(
     sampler = chosen.make_sampler(cfg, actor, tokenizer, comm)
     publish = chosen.make_publish(cfg, sampler, actor, learner, comm, count)
     publish()
+    if cfg.rollout.mask.model and read_only:
+        readers.mask_sampler(cfg, sampler, read_only, tokenizer)
     return sampler, publish
 
 
@@ -160,7 +177,7 @@ def make_gates(cfg: Any, sampler: Sampler | None) -> gates.Gates:
         precision=cfg.hardware.precision,
         eos=sampler.eos if sampler is not None else [],
         stops=bool(r.stop),
-        own_reference=cfg.model.reference == "auto",
+        own_reference=cfg.model.reference == "auto" and not cfg.rollout.mask.model,
         exact_sampler=r.top_p == 1.0 and r.top_k == 0 and r.min_tokens == 0 and r.temperature > 0,
     )
 
@@ -190,7 +207,7 @@ def _nothing() -> None:
 
 def load_records(cfg: Any, plan: Plan) -> tuple[list[Record], list[Record]]:
     """Train and held-out records; as demonstrations where no stage reads preferences, so that nothing imitates a rejected response."""
-    train, heldout = load(cfg.dataset, "train"), load(cfg.dataset, "heldout")
+    train, heldout = (written(load(cfg.dataset, split), cfg) for split in ("train", "heldout"))
     heldout = leading(heldout, cfg.eval.prompts)
     judged = {"pairs", "margin", "pair_weight", "label", "score"}
     if plan.source == "recorded" and not any(judged & s.needs for s in plan.stages):
@@ -270,23 +287,17 @@ def temperature_of(cfg: Any, plan: Plan) -> float:
     return cfg.rollout.temperature if plan.source == "sampled" and cfg.rollout.temperature > 0 else 1.0
 
 
-def make_reference(cfg: Any, heads: Mapping[str, nn.Module], plan: Plan, comm: Comm) -> Frozen | None:
-    """The frozen policy behind `ref_logp`: the disabled adapter, a copy of the initial policy, or another model."""
-    if "ref_logp" not in plan.annotate:
-        return None
-    setup = setup_of(cfg, None)
-    if cfg.model.lora.r and "policy" in heads:
-        return Frozen(heads["policy"], setup, comm, around=lambda: reference_disabled(heads["policy"].model))
-    if cfg.model.reference == "auto" and "policy" in heads:
-        head = copy.deepcopy(heads["policy"])
-    else:
-        other = copy.deepcopy(cfg.model)
-        if cfg.model.reference != "auto":
-            other.path, other.source, other.revision = cfg.model.reference, "auto", ""
-        model = loading.load_causal(other, dtype=dtype_of(cfg), seed=cfg.seed).to(comm.device)
+def make_readers(cfg: Any, heads: Mapping[str, nn.Module], plan: Plan, comm: Comm) -> dict[str, Frozen]:
+    """Models that are only read, by name."""
+
+    def head_of(model: Any) -> nn.Module:
+        model.to(comm.device)
         prepare(model, checkpointing=False)
         head = PolicyHead(model, temperature=temperature_of(cfg, plan), packing=cfg.model.packing)
-    return Frozen(head.eval().requires_grad_(False), setup, comm)
+        return head.eval().requires_grad_(False)
+
+    wants_reference = "ref_logp" in plan.annotate
+    return readers.make(cfg, heads, wants_reference, head_of, dtype_of(cfg), setup_of(cfg, None), comm)
 
 
 def setup_of(cfg: Any, section: Any) -> Setup:
@@ -300,32 +311,21 @@ def setup_of(cfg: Any, section: Any) -> Setup:
 
 
 def annotations(
-    plan: Plan, engines: Mapping[str, DeepSpeedEngine], reference: Frozen | None
+    plan: Plan, engines: Mapping[str, DeepSpeedEngine], read_only: Mapping[str, Frozen]
 ) -> dict[str, tuple[Any, str]]:
     """Columns filled from models: name -> (model, its output)."""
     critic = next((engines[n] for n, head in plan.learners.items() if "value_new" in HEADS[head]), None)
     makers = {
         "old_logp": (engines.get("policy"), "logp"),
-        "ref_logp": (reference, "logp"),
+        "ref_logp": (read_only.get("reference"), "logp"),
+        "full_logp": (engines.get("policy"), "full_logp"),
         "value": (critic, "value_new"),
+        **{frozen.column(name): (reader, "logp") for name, reader in read_only.items()},
     }
     return {c: makers[c] for c in plan.annotate}
 
 
 # -- rewards, updates --------------------------------------------------------------------------------------------------
-
-
-def make_scoring(
-    cfg: Any, plan: Plan, scorer: Scorer | None, comm: Comm, checks: gates.Gates, record: Any
-) -> stages.Stage:
-    """The stage that scores a step."""
-    if scorer is None:
-        return stages.keep
-    count = partial(record.count, stage="component")
-    took = partial(record.count, stage="time")
-    score = stages.scoring(scorer, comm, cfg.gates.failures, checks.reward, count, record.note, took)
-    score = stages.shuffled(score, cfg.seed) if cfg.debug.get("shuffled_reward") else score
-    return stages.baselined(score, record.count) if plan.greedy else score
 
 
 def check_invariance(engine: DeepSpeedEngine, exp: Experience, want: str, limit: float, rows: int = 4) -> float:

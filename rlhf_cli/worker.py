@@ -65,9 +65,9 @@ class Session:
         """Build, resume, train, evaluate, export. Returns how it ended: finished or preempted."""
         cfg = self.cfg
         with self.record.phase("load"):
-            self.run, self.parts = make_run(cfg, self.comm, self.record)
+            self.run, self.parts = make_run(cfg, self.comm, self.record, self.rundir.path)
             at = self._resume()
-        if self._asked():
+        if self._asked() or not self._prepare(at):
             return "preempted"
         self.run.start, self.run.after = at, self._after
         if self.lead and at == 0:
@@ -90,6 +90,13 @@ class Session:
             return "preempted"
         self._export()
         return "finished"
+
+    def _prepare(self, at: int) -> bool:
+        """Responses of the initial policy, where a stage compares with them; False where a signal asked to stop."""
+        if self.parts.prepass is None:
+            return True
+        with self.record.phase("prepass"):
+            return self.parts.prepass.run(at, self._asked, self.record.note)
 
     # -- between steps -------------------------------------------------------------------------------------------------
 

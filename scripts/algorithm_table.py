@@ -20,7 +20,7 @@ from rlhf_cli.signature import Signature
 
 PAGE = Path(__file__).parent.parent / "docs" / "algorithms.md"
 BEGIN, END = "<!-- {} table: made by scripts/algorithm_table.py -->\n", "<!-- end of the {} table -->\n"
-GROUPS = ("objective", "credit", "reduce", "shaping", "select")
+GROUPS = ("objective", "credit", "reduce", "combine", "shaping", "select")
 COLUMNS = (
     "`algo=`", "trains", "objective", "ratio", "clip", "weights (`reduce`)", "advantage (`credit`)", "reward shaping", "KL to the reference",
     "`select`", "`source`", "prompts x samples, updates",

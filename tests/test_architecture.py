@@ -15,8 +15,8 @@ CONF = ROOT / "conf"
 FILES = sorted(PACKAGE.rglob("*.py"))
 OPTIONS = sorted(p for p in CONF.rglob("*.yaml") if p.parent != CONF)
 PURE_FOLDERS = ("objectives", "credit", "shaping")
-PURE_FILES = ("reduce.py", "kl.py", "select.py", "correction.py")
-PURE_IMPORTS = ("types", "inject", "objectives", "credit", "shaping", "reduce", "kl", "select", "correction")
+PURE_FILES = ("reduce.py", "kl.py", "select.py", "correction.py", "combine.py")
+PURE_IMPORTS = ("types", "inject", "objectives", "credit", "shaping", "reduce", "kl", "select", "correction", "combine")
 STDLIB = {"__future__", "collections", "dataclasses", "functools", "itertools", "math", "typing"}
 LONG_FUNCTIONS = {"wiring.make_run": 100, "loop.train": 80}
 

@@ -17,6 +17,7 @@ from rlhf_cli.errors import ConfigError
 from rlhf_cli.override import inherit, override
 from rlhf_cli.plan import validate
 from rlhf_cli.report.planned import describe
+from rlhf_cli.rewards.nodes import RESERVED, RULE_RESERVED
 
 OPTIONS = [(group, name) for group, found in catalog.groups().items() for name in found]
 SHAPE_FITS = {"prompts": "grpo", "pairs": "dpo", "rankings": "dpo", "demonstrations": "sft"}
@@ -33,6 +34,14 @@ REQUIRED = {
     "regex": "reward.regex.pattern=x",
     "perplexity": "reward.perplexity.path=FOLDER",
     "zero3_offload_nvme": "hardware.nvme_path=nvme",
+}
+
+
+FITTING = {
+    ("experiment", "rto"): ["frozen.dpo.path=RUN", "reward.model.path=RUN"],
+    ("experiment", "salsa"): ["model.soup.path=RUN"],
+    ("shaping", "implicit_dpo"): ["algo=ppo", "frozen.dpo.path=RUN"],
+    ("rollout", "greedy"): ["algo=sft"],  # equal samples are refused in training; recorded rows need none
 }
 
 
@@ -71,15 +80,26 @@ def words_of(group: str, name: str) -> list[str]:
         return [f"select={name}", f"algo={'dpo' if 'pairs' in name or 'worst' in name else 'grpo'}"]
     if group == "shaping" and name.partition("_")[0] in ("kl", "adaptive"):
         return [f"shaping={name}", "credit=group_norm_to_go"]
-    if (group, name) == ("rollout", "greedy"):  # equal samples are refused in training; recorded rows need none
-        return ["rollout=greedy", "algo=sft"]
+    if (group, name) in FITTING:
+        return [f"{group}={name}", *FITTING[group, name]]
     if (group, name) == ("rollout", "vllm") and not importlib.util.find_spec("vllm"):
         pytest.skip("vLLM IS NOT INSTALLED: type make vllm")
     if group == "source":
         return [f"source={name}", f"algo={'sft' if name == 'recorded' else 'grpo'}"]
-    return [f"{group}={name}", *([REQUIRED[name]] if group in ("reward", "hardware") and name in REQUIRED else [])]
+    return [
+        f"{group}={name}",
+        *WITH.get(group, []),
+        *WITH.get(f"{group}={name}", []),
+        *([REQUIRED[name]] if group in ("reward", "hardware") and name in REQUIRED else []),
+    ]
 
 
+WITH = {
+    "combine": ["reward=[bleu,length]"],
+    "combine=lagrangian": ["combine.thresholds.length=0.5"],
+    "combine=maxmin_records": ["combine.by_meta=team", "dataset.columns.meta.team=team"],
+    "rollout=greedy": ["algo=sft"],  # equal samples are refused in training; recorded rows need none
+}
 PAIRS = ["dataset=preferences", "dataset.path=DATA"]
 
 
@@ -93,6 +113,10 @@ def term_words(group: str, name: str) -> list[str]:
     takes = set(sig.columns)
     if "score_new" in takes:
         base, learner = ["algo=reward_model", *PAIRS], "reward"
+    elif "score" in takes:
+        base, learner = ["algo=dpo"] if "pairs" in takes else ["algo=ppo"], "policy"
+    elif "label" in takes:
+        base, learner = ["algo=sft", "dataset=rankings", "dataset.path=DATA"], "policy"
     elif "pairs" in takes:
         base, learner = ["algo=dpo", *PAIRS], "policy"
     else:
@@ -120,17 +144,16 @@ def test_every_option_composes_builds_and_plans(group: str, name: str) -> None:
     if group not in ("algo", "debug", "objective", "reduce"):
         assert name in str(cfg.names[group])
     plain = OmegaConf.to_container(cfg, resolve=True)
-    reserved = ("weight",)
     found = list(nodes(plain, ""))
     assert found
     for key, node in found:
-        kept = reserved if key.startswith("reward.") else ()
+        kept = RESERVED if key.startswith("reward.") else RULE_RESERVED if key == "combine" else ()
         check_node(node, key, reserved=kept)
         if node["_target_"] not in NEEDS_PATH and not key.startswith("tracker."):
             assert callable(build(node, key, reserved=kept)), key
     plan = validate(cfg)
     assert plan.stages and plan.learners
-    if group in ("credit", "reward", "shaping", "objective", "reduce") and name != "none":
+    if group in ("credit", "combine", "reward", "shaping", "objective", "reduce") and name != "none":
         target = option_node(group, name)
         target = target if "_target_" in target else next(iter(target.values()))
         last = target["_target_"].rpartition(".")[2]

@@ -11,6 +11,7 @@ import torch
 
 from rlhf_cli.data.record import Record, check_links, units
 from rlhf_cli.engine.comm import Comm
+from rlhf_cli.rollout.masking import aligned
 from rlhf_cli.rollout.sampler import Decoding, Sampler
 from rlhf_cli.sources.assemble import Order, align, rows, sample_of, texts_of
 from rlhf_cli.types import Experience, Sample
@@ -104,6 +105,8 @@ class Sampled:
             "truncated": torch.as_tensor(drawn.truncated),
             "behavior_logp": align(drawn.logp, exp),
         }
+        if any(sets is not None for sets in drawn.allowed):
+            columns["allowed"] = aligned(drawn.allowed)
         return Experience(**{**vars(exp), **columns})
 
     def publish(self, version: int) -> None:
@@ -126,6 +129,7 @@ class Drawn(NamedTuple):
     ids: list[list[int]]
     logp: list[list[float]]
     truncated: list[bool]
+    allowed: list[Any]  # None without a mask
 
 
 def together(drawn: Drawn, best: Drawn | None, k: int) -> Drawn:
@@ -162,7 +166,7 @@ def draw(
     `done` gets each prompt's index and its responses as soon as they are complete, on the rank that draws them.
     """
     mine = range(comm.rank, len(prompts), comm.world)
-    own: list[tuple[list[int], list[float], bool]] = []
+    own: list[tuple[list[int], list[float], bool, Any]] = []
     if len(mine):
         drawn = sampler.sample(
             [prompts[i] for i in mine],
@@ -173,7 +177,7 @@ def draw(
         )
         logp = drawn.logp.tolist()
         own = [
-            (ids, logp[i][: len(ids)], bool(cut))
+            (ids, logp[i][: len(ids)], bool(cut), drawn.allowed[i] if drawn.allowed else None)
             for i, (ids, cut) in enumerate(zip(drawn.ids, drawn.truncated.tolist(), strict=True))
         ]
     parts = comm.gather(own)
