@@ -50,7 +50,7 @@ class Row:
     steps: int = 150
     lr: float = 0.4
     groups: int = 512
-    tolerance: float = 0.002
+    tolerance: float = 0.01
     columns: Mapping[str, Callable[[Env, Experience], Tensor]] = field(default_factory=dict)
 
 

@@ -45,10 +45,16 @@ TWO_TOKENS = Env(
     {"": (0.7, 0.3), "0": (0.4, 0.6), "1": (0.9, 0.1)},
     {"00": 0.0, "01": 2.0, "10": 3.0, "11": -1.0},
 )
-LENGTHS = (
-    Env(  # token 0 ends a response, token 1 goes on, and the policy has one probability for both, wherever it stands
-        "several lengths", {"": (0.5, 0.5)}, {"0": 1.0, "10": 0.0, "110": 0.5, "111": 2.0}, memoryless=True
-    )
+LENGTHS = Env(  # token 0 ends a response, token 1 goes on: lengths 1, 2, 2
+    "two lengths",
+    {"": (0.5, 0.5), "1": (0.6, 0.4)},
+    {"0": 1.0, "10": 1.4, "11": 0.2},
+)
+SEVERAL = Env(  # token 0 ends a response, token 1 goes on; the policy has one probability of both for every place
+    "several lengths",
+    {"": (0.5, 0.5)},
+    {"0": 1.0, "10": 0.0, "110": 0.5, "111": 2.0},
+    memoryless=True,
 )
 
 
