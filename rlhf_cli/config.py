@@ -117,13 +117,39 @@ class LoraSection:
 
 
 @dataclass
+class RefreshSection:
+    """How a model that is only read follows the policy."""
+
+    every: int = 0  # steps between refreshes by the policy's weights; 0: it stays as it was loaded
+    decay: float = 0.0  # share of its own weights that a refresh keeps; 0 copies the policy, 0.99 is a slow average
+
+
+@dataclass
+class SoupSection:
+    """model.reference=soup: the weight average of the model and another one."""
+
+    path: str = ""  # the other model: a folder, a run or a Hub id
+    weight: float = 0.5  # share of the other model
+
+
+@dataclass
+class FrozenSection:
+    """A language model that is only read; frozen.NAME gives the column NAME_logp."""
+
+    path: str = ""  # a folder, a run or a Hub id; initial: the policy as it was before training
+    refresh: RefreshSection = field(default_factory=RefreshSection)
+
+
+@dataclass
 class ModelSection:
     """The model that is trained, and its reference."""
 
     path: str = ""  # a Hugging Face folder, a run, or a Hub id
     source: str = "auto"  # auto (path decides) | smollm2 (packaged weights) | tiny (random)
     revision: str = ""  # Hub revision
-    reference: str = "auto"  # auto (the initial policy; the disabled adapter under LoRA) | a folder, a run or a Hub id
+    reference: str = "auto"  # auto (the initial policy; under LoRA the disabled adapter) | soup | a path as above
+    soup: SoupSection = field(default_factory=SoupSection)
+    refresh: RefreshSection = field(default_factory=RefreshSection)  # of the reference
     trust_remote_code: bool = False  # run code that a model repository ships
     checkpointing: bool = False  # recompute activations in the backward pass
     packing: bool = True  # share prompts and drop padding inside a forward
@@ -191,6 +217,15 @@ class VllmSection:
 
 
 @dataclass
+class MaskSection:
+    """Tokens that may be drawn: the best ones of another model. Ramamurthy et al., arXiv:2210.01241 (NLPO)."""
+
+    model: str = ""  # name of a model in `frozen`; empty: every token
+    top_p: float = 0.9  # mass of its best tokens; the token that crosses it may be drawn
+    min_tokens: int = 100  # best tokens that may be drawn in any case, besides the special ones
+
+
+@dataclass
 class RolloutSection:
     """How responses are drawn."""
 
@@ -202,6 +237,7 @@ class RolloutSection:
     top_k: int = 0  # best tokens kept; 0: all
     stop: list[str] = field(default_factory=list)  # texts that end a response
     rows: int = 0  # rows decoded at a time; 0: by memory
+    mask: MaskSection = field(default_factory=MaskSection)
     vllm: VllmSection = field(default_factory=VllmSection)
 
 
@@ -282,7 +318,9 @@ class Root:
     rollout: RolloutSection = field(default_factory=RolloutSection)
     sweep: SweepSection = field(default_factory=SweepSection)
     learners: dict[str, LearnerSection] = field(default_factory=dict)
+    frozen: dict[str, FrozenSection] = field(default_factory=dict)
     source: Any = None  # conf/source
+    environment: Any = None  # conf/environment: the other party of a dialogue; empty: single responses
     reward: Any = None  # conf/reward: name -> scorer with a weight
     reward_workers: RewardWorkersSection = field(default_factory=RewardWorkersSection)
     combine: Any = None  # conf/combine: how several rewards become one; empty: their weighted sum
