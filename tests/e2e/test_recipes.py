@@ -171,4 +171,6 @@ def close(a: object, b: object) -> bool:
         return a.keys() == b.keys() and all(close(a[k], b[k]) for k in a)
     if isinstance(a, float | int) and isinstance(b, float | int):
         return a == pytest.approx(b, rel=2e-2, abs=1e-3, nan_ok=True)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(close(x, b[k]) for k, x in a.items())
     return a == b
