@@ -28,7 +28,7 @@ NEEDS_PATH = {
     "rlhf_cli.rewards.perplexity.Perplexity",
 }
 REQUIRED = {
-    **dict.fromkeys(("judge", "judge_anchor", "judge_listwise", "judge_pairwise"), "judge.backend=rule"),
+    **dict.fromkeys(("judge", "judge_anchor", "judge_listwise", "judge_pairwise", "oni"), "judge.backend=rule"),
     "co_reward": "dataset=rephrased",
     "model": "reward.model.path=RUN",
     "python": "reward.python.path=mine.py:score",
