@@ -50,10 +50,16 @@ def scorers(cfg: Any, plan: Plan, have: set[str]) -> None:
             )
         if "path" in sig.params and not node.get("path"):
             raise ConfigError(f"{key}.path is empty; type {key}.path={sig.flags.get('path_is', 'FILE')}")
+        brought = str(sig.flags.get("columns", "")).split()  # beside its value
         plan.stages.append(
-            Stage(f"reward.{name}", f"{_short(sig)} x {float(node.get('weight', 1.0)):g}", frozenset(), ("score",))
+            Stage(
+                f"reward.{name}",
+                f"{_short(sig)} x {float(node.get('weight', 1.0)):g}",
+                frozenset(),
+                ("score", *brought),
+            )
         )
-        have.add("score")
+        have.update(("score", *brought))
         plan.stages += [Stage(k, _short(s), frozenset(s.columns) - {"score"}) for k, s in shapers(cfg, one)]
         if sig.flags.get("asks_judge"):
             check_section(cfg.judge)

@@ -76,5 +76,7 @@ def make_scoring(
     count, took = partial(record.count, stage="component"), partial(record.count, stage="time")
     score = stages.scoring(scorer, comm, cfg.gates.failures, checks.reward, count, record.note, took, join)
     score = watched(score, build.keep("detectors", make_detectors(cfg, scorer)), record)
+    brought = {c: f"{name}/{c}" for name, (_, s) in scorer.scorers.items() for c in getattr(s, "columns", "").split()}
+    score = stages.filling(score, brought) if brought else score
     score = stages.shuffled(score, cfg.seed) if cfg.debug.get("shuffled_reward") else score
     return (stages.baselined(score, record.count) if plan.greedy else score), prepass
