@@ -39,6 +39,7 @@ REQUIRED = {
 
 
 FITTING = {
+    ("experiment", "p3o"): ["reward.model.path=RUN"],
     ("experiment", "rto"): ["frozen.dpo.path=RUN", "reward.model.path=RUN"],
     ("experiment", "salsa"): ["model.soup.path=RUN"],
     ("shaping", "implicit_dpo"): ["algo=ppo", "frozen.dpo.path=RUN"],
