@@ -12,7 +12,7 @@ import contextlib
 import importlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class Row:
 
 COMMON = (
     "model=tiny_random", "dataset=quickstart", "reward=length", "tracker=none", "hardware.device=cpu", "hardware.precision=fp32",
-    "rollout.temperature=1", "rollout.max_tokens=2", "optim.schedule=linear", "batch.samples=2",
+    "rollout.temperature=1", "rollout.max_tokens=3", "optim.schedule=linear", "batch.samples=2",
 )  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def land(row: Row, env: Env, seed: int = 0) -> Law:
 
 
 def _filled(row: Row, env: Env, exp: Experience) -> Experience:
-    return replace(exp, **{name: make(env, exp) for name, make in row.columns.items()})
+    return exp.filled({name: make(env, exp) for name, make in row.columns.items()})
 
 
 class Table:
