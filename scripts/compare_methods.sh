@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 rlhf=.venv/bin/rlhf
 METHODS=${METHODS:-reinforce,reinforce_pp,reinforce_pp_baseline,rloo,remax,ppo,ppo_shared,grpo,dr_grpo,dapo,gspo,gspo_token,cispo}
 SEEDS=${SEEDS:-1,2,3}
-STEPS=${STEPS:-20}
+STEPS=${STEPS:-24}
 PARALLEL=${PARALLEL:-2}
 NAME=${NAME:-base-methods}
 # A term without weight loads the reference and shows the KL of every method.
