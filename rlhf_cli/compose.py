@@ -68,6 +68,8 @@ def finish(cfg: DictConfig, choices: Mapping[str, Any], groups: Iterable[str]) -
     # Hydra reports no choice for a list of options; its nodes are keyed by option.
     several = {g: "+".join(map(str, cfg[g])) for g in groups if g not in choices and isinstance(cfg.get(g), DictConfig)}
     cfg.names = {g: str(name) for g in order if (name := choices.get(g) or several.get(g))}
+    if cfg.get("reward") and cfg.names.get("reward", "none") == "none":  # rewards under names of their own
+        cfg.names["reward"] = "+".join(map(str, cfg.reward))
     standins.fill(cfg)
     return cfg
 

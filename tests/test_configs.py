@@ -25,11 +25,16 @@ NEEDS_PATH = {
     "rlhf_cli.rewards.model.Model",
     "rlhf_cli.rewards.python.Python",
     "rlhf_cli.rewards.perplexity.Perplexity",
+    "rlhf_cli.rewards.attributes.Attributes",
+    "rlhf_cli.rewards.implicit.Implicit",
 }
 REQUIRED = {
     **dict.fromkeys(("judge", "judge_anchor", "judge_listwise", "judge_pairwise"), "judge.backend=rule"),
     "co_reward": "dataset=rephrased",
     "model": "reward.model.path=RUN",
+    "ensemble": "reward.ensemble.path=[RUN,OTHER]",
+    "attributes": "reward.attributes.path=FOLDER",
+    "implicit": "+debug.stand_ins=true",
     "python": "reward.python.path=mine.py:score",
     "regex": "reward.regex.pattern=x",
     "perplexity": "reward.perplexity.path=FOLDER",
@@ -134,6 +139,7 @@ def test_every_option_composes_builds_and_plans(group: str, name: str) -> None:
     assert found
     for key, node in found:
         kept = RESERVED if key.startswith("reward.") else RULE_RESERVED if key == "combine" else ()
+        node = node if isinstance(node.get("path", ""), str) else {**node, "path": node["path"][0]}
         check_node(node, key, reserved=kept)
         if node["_target_"] not in NEEDS_PATH and not key.startswith("tracker."):
             assert callable(build(node, key, reserved=kept)), key

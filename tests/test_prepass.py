@@ -118,7 +118,7 @@ def test_another_runs_file_is_read_and_never_written(tmp_path: Path) -> None:
     fewer = make(tmp_path, given=True, samples=2, header={**HEADER, "samples": 2})
     assert go(fewer) == [] and fewer.references().length.shape == (5, 2) and not fewer.sampler.asked
     assert (tmp_path / FILE).read_bytes() == text
-    with pytest.raises(ConfigError, match="lacks 1 of 6 training prompts; type prepass.path= to make it anew"):
+    with pytest.raises(ConfigError, match=r"lacks 1 of 6 training prompts; type prepass\.path= to make it anew"):
         made = make(tmp_path, given=True)
         made.records = [*RECORDS, Record((), "", uid="u9")]
         go(made)
@@ -129,8 +129,10 @@ def test_what_made_the_file_must_be_what_the_run_has(tmp_path: Path) -> None:
     for key, word in (("model", "weights"), ("reward", "a"), ("decoding", "t")):
         with pytest.raises(ConfigError) as e:
             refuse({**HEADER, key: {word: 2}}, HEADER, path)
-        assert str(e.value) == f"{path} was made with another {key} ({word}); type prepass.path= to make one for this run"
-    with pytest.raises(ConfigError, match="holds 2 responses per prompt; type prepass.samples=2 or fewer"):
+        assert (
+            str(e.value) == f"{path} was made with another {key} ({word}); type prepass.path= to make one for this run"
+        )
+    with pytest.raises(ConfigError, match=r"holds 2 responses per prompt; type prepass\.samples=2 or fewer"):
         refuse({**HEADER, "samples": 2}, HEADER, path)
     refuse({**HEADER, "samples": 9}, HEADER, path)
     with pytest.raises(ConfigError, match=r"^prepass\.path: no file"):
@@ -148,7 +150,11 @@ def test_the_fingerprint_follows_what_decides_and_nothing_else(tmp_path: Path) -
 
     base = of()
     assert base == of("steps=9", "shaping=par", "reward.bleu.weight=3", "combine=min", "prepass.samples=10")
-    for words, key in (("seed=1", "model"), ("reward.bleu.lowercase=true", "reward"), ("rollout.temperature=1", "decoding")):
+    for words, key in (
+        ("seed=1", "model"),
+        ("reward.bleu.lowercase=true", "reward"),
+        ("rollout.temperature=1", "decoding"),
+    ):
         assert of(words)[key] != base[key]
     file = tmp_path / "mine.py"
     file.write_text("def score(responses): return [0.0] * len(responses)\n")

@@ -46,7 +46,11 @@ def scores(spans: Any = None, **parts: list[float]) -> Scores:
 def references(**sources: list[list[float]]) -> References:
     n = len(next(iter(sources.values())))
     lines = [
-        {"uid": f"u{g}", "tokens": [2, 5], "scores": {k: [None if v != v else v for v in x[g]] for k, x in sources.items()}}
+        {
+            "uid": f"u{g}",
+            "tokens": [2, 5],
+            "scores": {k: [None if v != v else v for v in x[g]] for k, x in sources.items()},
+        }
         for g in range(n)
     ]
     return References(lines, 2)
@@ -68,7 +72,9 @@ def test_each_source_has_its_own_shapers_and_references() -> None:
     exp, _ = join({"a": 1.0, "b": 1.0}, refs=refs, slots={"a": [LSC], "b": [LSC]})(
         scores(a=[1.0, 3.0, 5.0, 6.0], b=[1.0, 1.0, 0.0, 2.0]), EXP
     )
-    u = [math.log(1 / (1 + math.exp(-x))) for x in (0, 0, 2, 0, 0, 0, 1, 2)]  # a - mean(refs), b - mean(refs), row by row
+    u = [
+        math.log(1 / (1 + math.exp(-x))) for x in (0, 0, 2, 0, 0, 0, 1, 2)
+    ]  # a - mean(refs), b - mean(refs), row by row
     assert exp.score.tolist() == pytest.approx([u[0] + u[1], u[2] + u[3], u[4] + u[5], u[6] + u[7]])
 
 
@@ -111,7 +117,10 @@ def test_rows_without_any_reference_are_missing_and_say_why() -> None:
 def test_centring_by_group_or_references_forgives_offsets_of_a_member() -> None:
     a, b = [1.0, 2.0, 4.0, 0.0], [0.0, 5.0, 1.0, 1.0]
     moved = [x + s for x, s in zip(b, (9, 9, -7, -7), strict=True)]
-    refs, far = references(a=[[0.0, 1.0]] * 2, b=[[2.0, 0.0]] * 2), references(a=[[0.0, 1.0]] * 2, b=[[11.0, 9.0], [-5.0, -7.0]])
+    refs, far = (
+        references(a=[[0.0, 1.0]] * 2, b=[[2.0, 0.0]] * 2),
+        references(a=[[0.0, 1.0]] * 2, b=[[11.0, 9.0], [-5.0, -7.0]]),
+    )
     for how in ("group", "reference"):
         for scale in ("none", "reference"):
             one, _ = join({"a": 1.0, "b": 1.0}, c.minimum, refs, center=how, scale=scale)(scores(a=a, b=b), EXP)
@@ -163,7 +172,9 @@ def test_spans_place_the_value_and_the_rest_lands_at_the_end() -> None:
 
 
 def test_token_rewards_need_a_reader_and_a_sum() -> None:
-    with pytest.raises(GateError, match="^a reward gives token rewards, and no stage reads them: choose a credit that takes `reward`"):
+    with pytest.raises(
+        GateError, match=r"^a reward gives token rewards, and no stage reads them: choose a credit that takes `reward`"
+    ):
         placed(reads=False, a=[1.0] * 4)
     with pytest.raises(GateError, match="only combine=weighted_sum knows where they fall"):
         placed(c.minimum, a=[1.0] * 4)

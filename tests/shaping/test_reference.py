@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_cli.credit import group_norm, leave_one_out
-from rlhf_cli.shaping import centered, ceil, length_penalty, lsc, par, relative_length, sgfc, squash, whiten
+from rlhf_cli.shaping import ceil, centered, length_penalty, lsc, par, relative_length, sgfc, squash, whiten
 from rlhf_cli.shaping.reference import POLY, reference_level
 
 F = torch.float64
@@ -39,7 +39,9 @@ def test_par_sees_differences_only_is_bounded_and_keeps_the_order() -> None:
 
 def test_par_with_one_reference_is_exp_of_lsc() -> None:
     one = torch.tensor([[0.7]], dtype=F)
-    assert par(TWO, one, kind="sigmoid", k=1.0).item() == pytest.approx(lsc(TWO, one, level="mean", quantile=0.5).exp().item())
+    assert par(TWO, one, kind="sigmoid", k=1.0).item() == pytest.approx(
+        lsc(TWO, one, level="mean", quantile=0.5).exp().item()
+    )
 
 
 def test_missing_references_are_left_out() -> None:
@@ -80,7 +82,9 @@ def test_a_tabular_policy_trained_on_lsc_finds_the_closed_form() -> None:
     """max E[u] - KL(pi, pi_0): pi ~ pi_0 e^u with gamma 1; gradient ascent on logits must arrive there, and the plain sum elsewhere."""
     start = torch.tensor([0.5, 0.3, 0.2], dtype=F)
     gaps = torch.tensor([[4.0, -2.0], [1.0, 1.0], [0.0, 0.0]], dtype=F)
-    shaped = torch.stack([lsc(gaps[:, i], torch.zeros(3, 1, dtype=F), level="mean", quantile=0.5) for i in range(2)]).sum(0)
+    shaped = torch.stack(
+        [lsc(gaps[:, i], torch.zeros(3, 1, dtype=F), level="mean", quantile=0.5) for i in range(2)]
+    ).sum(0)
     for reward, wanted in ((shaped, [0.2177, 0.5963, 0.1860]), (gaps.sum(-1), [0.6045, 0.3627, 0.0327])):
         logits = start.log().clone().requires_grad_()
         optimiser = torch.optim.Adam([logits], lr=0.05)
@@ -125,8 +129,12 @@ def advantage(score: Tensor, scale: str = "std") -> list[float]:
 def test_group_normalisation_by_hand() -> None:
     assert advantage(R) == pytest.approx([-0.9449, -0.5669, 0.1890, 1.3229], abs=1e-4)
     three = torch.full((4, 1), 3.0, dtype=F)
-    assert advantage(par(R, three, kind="sigmoid", k=1.0)) == pytest.approx([-1.0136, -0.6399, 0.5136, 1.1399], abs=1e-4)
-    assert advantage(lsc(R, three, level="mean", quantile=0.5)) == pytest.approx([-1.2276, -0.3840, 0.6528, 0.9588], abs=1e-4)
+    assert advantage(par(R, three, kind="sigmoid", k=1.0)) == pytest.approx(
+        [-1.0136, -0.6399, 0.5136, 1.1399], abs=1e-4
+    )
+    assert advantage(lsc(R, three, level="mean", quantile=0.5)) == pytest.approx(
+        [-1.2276, -0.3840, 0.6528, 0.9588], abs=1e-4
+    )
 
 
 def test_affine_shapers_are_erased_and_others_are_not() -> None:
