@@ -26,9 +26,10 @@ from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 from yaml import YAMLError
 
 from rlhf_cli import catalog, standins
-from rlhf_cli.config import LearnerSection, nearest, schema
+from rlhf_cli.config import FrozenSection, LearnerSection, nearest, schema
 from rlhf_cli.errors import ConfigError
 
+NAMED: dict[str, type] = {"learners": LearnerSection, "frozen": FrozenSection}  # sections by names of the user's
 VERSION = "1.3"  # Hydra's defaults are those of this release
 FAULTS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
 OPEN = (
@@ -161,8 +162,8 @@ def check_overrides(
 
 def check_learner(o: Override) -> None:
     parts = o.key_or_group.split(".")
-    if parts[0] == "learners" and len(parts) == 3 and catalog.field_of(o.key_or_group) is None:
-        names = [f.name for f in dataclasses.fields(LearnerSection)]
+    if parts[0] in NAMED and len(parts) == 3 and catalog.field_of(o.key_or_group) is None:
+        names = [f.name for f in dataclasses.fields(NAMED[parts[0]])]
         raise ConfigError(f"{o.key_or_group}: unknown key{nearest(parts[2], names) or '; it has ' + ', '.join(names)}")
 
 
@@ -179,9 +180,10 @@ def _line(o: Override, terms: tuple[str, ...] = ()) -> str:
     if o.package or o.is_add() or o.is_force_add() or o.is_delete():
         return text
     value = text.partition("=")[2]
-    if key.startswith("learners.") and key.count(".") == 2 and not o.is_sweep_override():
-        _, learner, name = key.split(".")  # a learner is a typed section, which only a merge from above can create
-        return f"++learners={{{learner}: {{{name}: {value or repr('')}}}}}"
+    parts = key.split(".")
+    if parts[0] in NAMED and len(parts) > 2 and not o.is_sweep_override():
+        # a typed section under a name of the user's, which only a merge from above can create
+        return f"++{parts[0]}={{{': {'.join(parts[1:])}: {value or repr('')}{'}' * (len(parts) - 1)}"
     column = key.removeprefix("dataset.columns.")
     if column != key and "." in column and not o.is_sweep_override():
         return f"++dataset.columns={{{column}: {value or repr('')}}}"

@@ -140,6 +140,19 @@ def all_pairs(score: Tensor, group: Tensor) -> Selection:
     return _paired(beats.nonzero(), grouped(score, group))
 
 
+@gives("pairs")
+def group_pairs(group: Tensor) -> Selection:
+    """Every two rows of a group, each couple once, the earlier row first; keeps every row. Scores do not matter.
+
+    See Wu et al., "Pairwise Proximal Policy Optimization: Harnessing Relative Feedback for LLM Alignment", arXiv:2310.00212.
+
+    Args:
+        group: rows of one prompt share it, [N] int64
+    """
+    place = torch.arange(len(group), device=group.device)
+    return Selection(None, ((group[:, None] == group) & (place[:, None] < place)).nonzero())
+
+
 def _first(candidate: Tensor, g: Groups) -> Tensor:
     """The first candidate row of each group, [P] int64."""
     rows = len(candidate)

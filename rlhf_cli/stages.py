@@ -187,7 +187,7 @@ def annotating(columns: Mapping[str, tuple[Inferable, str]]) -> Stage:
         models = {id(model): model for model, _ in columns.values()}
         wanted = {i: frozenset(out for model, out in columns.values() if id(model) == i) for i in models}
         found = {i: model.infer(exp, wanted[i]) for i, model in models.items()}
-        return replace(exp, **{name: found[id(model)][out] for name, (model, out) in columns.items()})
+        return exp.filled({name: found[id(model)][out] for name, (model, out) in columns.items()})
 
     return annotate
 

@@ -75,7 +75,8 @@ def test_help_lists_every_verb_with_a_line(capsys: pytest.CaptureFixture[str]) -
             assert f"  {name:<12}{verb.line}\n" in out
     assert set(VERBS) == set(cli.RUN)
     assert (
-        " ".join(VERBS) == "train resume eval generate score compare list show plan runs logs cancel doctor completion"
+        " ".join(VERBS)
+        == "train resume eval generate score compare merge list show plan runs logs cancel doctor completion"
     )
 
 

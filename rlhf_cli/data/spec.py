@@ -27,7 +27,9 @@ OPTIONAL = ("references", "margin", "messages", "link")
 PROVIDES: dict[str, frozenset[str]] = {
     "prompts": frozenset(),
     "pairs": frozenset({"pairs", "responses"}),
-    "rankings": frozenset({"pairs", "margin", "responses"}),  # margin: the difference of the scores
+    "rankings": frozenset(
+        {"pairs", "margin", "label", "responses"}
+    ),  # margin: the difference of the scores, the labels
     "thumbs": frozenset({"label", "responses"}),
     "demonstrations": frozenset({"references", "responses"}),
 }

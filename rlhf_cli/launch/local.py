@@ -35,7 +35,7 @@ FREE = (
     "checkpoint",
     "steps",
 )  # may differ on resume
-MAY_CHANGE = ("hardware", "gates", "eval")  # may differ, said aloud
+MAY_CHANGE = ("hardware", "gates", "detectors", "eval")  # may differ, said aloud
 JUDGE = ("url", "key_env", "concurrency", "timeout", "retries", "cache", "device")  # how the same judge is reached
 HERE = ("hardware.node_rank", "hardware.master", "hardware.hostfile")  # where a machine stands; not worth a word
 

@@ -22,6 +22,8 @@ CHUNK = 256  # positions whose logits exist at a time
 class PolicyHead(nn.Module):
     """A causal language model that returns `logp` and `entropy` [N, T] of the trained tokens.
 
+    Where rows say which tokens were `allowed` [N, S, B], these are of the distribution on them, and `full_logp` is of the whole one.
+
     Args:
         model: a Hugging Face causal language model, with or without peft adapters.
         temperature: logits are divided by it, as the sampler did.
@@ -35,34 +37,60 @@ class PolicyHead(nn.Module):
         self.packing = packing
 
     def forward(
-        self, ids: Tensor, attention: Tensor, mask: Tensor, group: Tensor, want: frozenset[str]
+        self,
+        ids: Tensor,
+        attention: Tensor,
+        mask: Tensor,
+        group: Tensor,
+        want: frozenset[str],
+        allowed: Tensor | None = None,
     ) -> dict[str, Tensor]:
         hidden, place = run_backbone(inner(self.model).get_decoder(), ids, attention, group, self.packing)
-        return self.token_outputs(hidden, place, ids, mask, want)
+        return self.token_outputs(hidden, place, ids, mask, want, allowed)
 
     def token_outputs(
-        self, hidden: Tensor, place: Tensor, ids: Tensor, mask: Tensor, want: frozenset[str]
+        self, hidden: Tensor, place: Tensor, ids: Tensor, mask: Tensor, want: frozenset[str], allowed: Tensor | None
     ) -> dict[str, Tensor]:
-        """`logp` and `entropy` from hidden states [L, D] and the flat position [N, T] of every token."""
+        """`logp`, `entropy` and `full_logp` from hidden states [L, D] and the flat position [N, T] of every token."""
         hf = inner(self.model)
         source = shifted(place)[mask]  # [n]
         targets = ids[mask].to(hidden.device)
-        entropy = "entropy" in want
         where = mask.to(hidden.device)
+        outs: dict[str, Tensor] = {}
+        if "full_logp" in want:
+            outs["full_logp"] = self._columns(hf, hidden, source, targets, where, False, None)["logp"]
+        if want & {"logp", "entropy"}:
+            bits = None if allowed is None else of_tokens(allowed, mask)
+            found = self._columns(hf, hidden, source, targets, where, "entropy" in want, bits)
+            outs |= {k: v for k, v in found.items() if k in want}
+        return outs
+
+    def _columns(
+        self,
+        hf: Any,
+        hidden: Tensor,
+        source: Tensor,
+        targets: Tensor,
+        where: Tensor,
+        entropy: bool,
+        allowed: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """`logp`, and `entropy` where asked for, [N, T] of the trained tokens, over what is `allowed` [n, B]."""
         weight = plain_weight(hf.get_output_embeddings())
-        if weight is not None and not entropy and not _cap(hf):
+        if weight is not None and not entropy and not _cap(hf) and allowed is None:
             chosen = hidden[source.to(hidden.device)]
             return {"logp": _scatter(where, LinearLogp.apply(chosen, weight, targets, self.temperature))}
         parts = []
-        for rows, target in zip(source.split(CHUNK), targets.split(CHUNK), strict=True):
+        sets = [None] * len(source.split(CHUNK)) if allowed is None else allowed.split(CHUNK)
+        for rows, target, bits in zip(source.split(CHUNK), targets.split(CHUNK), sets, strict=True):
             chunk = hidden[rows.to(hidden.device)]
-            args = (hf.get_output_embeddings(), chunk, target, self.temperature, _cap(hf), entropy)
+            args = (hf.get_output_embeddings(), chunk, target, self.temperature, _cap(hf), entropy, bits)
             parts.append(
                 checkpoint(_token_logp, *args, use_reentrant=False) if torch.is_grad_enabled() else _token_logp(*args)
             )
         names = ("logp", "entropy") if entropy else ("logp",)
         columns = [torch.cat(x) for x in zip(*parts, strict=True)] if parts else [precise(hidden[:0].sum(-1))] * 2
-        return {name: _scatter(where, x) for name, x in zip(names, columns, strict=False) if name in want}
+        return {name: _scatter(where, x) for name, x in zip(names, columns, strict=False)}
 
 
 class SharedHead(PolicyHead):
@@ -86,11 +114,17 @@ class SharedHead(PolicyHead):
         self.value.weight.data.copy_(drawn)
 
     def forward(
-        self, ids: Tensor, attention: Tensor, mask: Tensor, group: Tensor, want: frozenset[str]
+        self,
+        ids: Tensor,
+        attention: Tensor,
+        mask: Tensor,
+        group: Tensor,
+        want: frozenset[str],
+        allowed: Tensor | None = None,
     ) -> dict[str, Tensor]:
         hidden, place = run_backbone(inner(self.model).get_decoder(), ids, attention, group, self.packing)
         tokens = want - {"value_new"}
-        outs = self.token_outputs(hidden, place, ids, mask, tokens) if tokens else {}
+        outs = self.token_outputs(hidden, place, ids, mask, tokens, allowed) if tokens else {}
         return outs | (token_values(self.value, hidden, place, mask) if "value_new" in want else {})
 
 
@@ -110,7 +144,13 @@ class ScalarHead(nn.Module):
         self.packing = packing
 
     def forward(
-        self, ids: Tensor, attention: Tensor, mask: Tensor, group: Tensor, want: frozenset[str]
+        self,
+        ids: Tensor,
+        attention: Tensor,
+        mask: Tensor,
+        group: Tensor,
+        want: frozenset[str],
+        allowed: Tensor | None = None,
     ) -> dict[str, Tensor]:
         hf = inner(self.model)
         hidden, place = run_backbone(hf.base_model, ids, attention, group, self.packing)
@@ -152,20 +192,41 @@ def run_backbone(backbone: Any, ids: Tensor, attention: Tensor, group: Tensor, p
     return out.last_hidden_state.flatten(0, 1), torch.arange(ids.numel()).view_as(ids)
 
 
+def of_tokens(allowed: Tensor, mask: Tensor) -> Tensor:
+    """The sets [n, B] of the trained tokens of rows, in the order of `mask` [N, T], of the column `allowed` [N, S, B]."""
+    return allowed[torch.arange(allowed.shape[1]) < mask.sum(-1, keepdim=True)]
+
+
+def unpacked_bits(bits: Tensor, size: int) -> Tensor:
+    """[n, size] bool of a bit per entry, [n, B] uint8, the highest bit first."""
+    shift = torch.arange(7, -1, -1, dtype=torch.uint8, device=bits.device)
+    return ((bits[:, :, None] >> shift) & 1).bool().flatten(1)[:, :size]
+
+
 def _token_logp(
-    head: nn.Module, hidden: Tensor, target: Tensor, temperature: float, cap: float | None, entropy: bool
+    head: nn.Module,
+    hidden: Tensor,
+    target: Tensor,
+    temperature: float,
+    cap: float | None,
+    entropy: bool,
+    allowed: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     logits = head(hidden)
     if cap:
         logits = cap * torch.tanh(logits / cap)
     if temperature != 1.0:
         logits = precise(logits) / temperature
+    if allowed is not None:
+        ban = ~unpacked_bits(allowed.to(logits.device), logits.shape[-1])
+        logits = logits.masked_fill(ban, float("-inf"))
     if not entropy:
         return (TargetLogp.apply(logits, target),)
     wide = precise(logits)
     total = wide.logsumexp(-1)
     logp = wide.gather(-1, target[:, None]).squeeze(-1) - total
-    return logp, total - ((wide - total[:, None]).exp() * wide).sum(-1)
+    p = (wide - total[:, None]).exp()
+    return logp, total - (p * (wide if allowed is None else wide.masked_fill(ban, 0.0))).sum(-1)
 
 
 class LinearLogp(torch.autograd.Function):
@@ -270,4 +331,5 @@ def stage_inputs(exp: Any, rows: Tensor) -> Mapping[str, Tensor]:
         "attention": attention[:, :width],
         "mask": exp.mask[rows, :width],
         "group": exp.group[rows],
+        **({} if exp.allowed is None else {"allowed": exp.allowed[rows]}),
     }

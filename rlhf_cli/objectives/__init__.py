@@ -1,5 +1,6 @@
 """Unreduced objectives: [N, T], [N] or [M] from learner outputs and columns."""
 
+from rlhf_cli.objectives.contrastive import copg, copg_labels, p3o, p3o_joint, trpa
 from rlhf_cli.objectives.policy import (
     cispo,
     entropy_bonus,
@@ -7,7 +8,9 @@ from rlhf_cli.objectives.policy import (
     kl_k1,
     kl_k2,
     kl_k3,
+    kl_old,
     ppo_clip,
+    ppo_clip_whitened,
     reinforce,
     sequence_ratio_clip,
     two_sided_clip,
@@ -23,6 +26,8 @@ __all__ = [
     "centering",
     "cispo",
     "clipped_value",
+    "copg",
+    "copg_labels",
     "dpo",
     "entropy_bonus",
     "gspo_token",
@@ -31,9 +36,14 @@ __all__ = [
     "kl_k1",
     "kl_k2",
     "kl_k3",
+    "kl_old",
     "nll",
+    "p3o",
+    "p3o_joint",
     "ppo_clip",
+    "ppo_clip_whitened",
     "reinforce",
     "sequence_ratio_clip",
+    "trpa",
     "two_sided_clip",
 ]

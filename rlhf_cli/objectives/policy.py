@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rlhf_cli.credit.to_go import whitened
 from rlhf_cli.inject import per_row, rowwise, weighted_by_advantage
 from rlhf_cli.kl import bounded_exp, estimate
 
@@ -39,6 +40,26 @@ def ppo_clip(
     if dual_clip is not None:
         gain = torch.where(advantage < 0, torch.maximum(gain, dual_clip * advantage), gain)
     return -gain
+
+
+def ppo_clip_whitened(
+    logp: Tensor, old_logp: Tensor, advantage: Tensor, mask: Tensor, *, eps_low: float, eps_high: float
+) -> Tensor:
+    """`ppo_clip` of advantages that are shifted and scaled to mean 0 and variance 1 over the tokens of each mini-batch, [N, T].
+
+    The sample variance (n - 1), as the code of Ramamurthy et al., "Is Reinforcement Learning (Not) for Natural Language
+    Processing", arXiv:2210.01241 (RL4LMs) has it; a credit whitens over the whole step instead.
+
+    Args:
+        logp: log-probabilities of the policy, [N, T] nats
+        old_logp: the same at the start of the step, [N, T] nats
+        advantage: [N, T], constant
+        mask: trained tokens, [N, T] bool
+        eps_low: how far the ratio may fall below 1
+        eps_high: how far the ratio may rise above 1
+    """
+    scaled = whitened(advantage, mask, ddof=1)
+    return ppo_clip(logp, old_logp, scaled, eps_low=eps_low, eps_high=eps_high, dual_clip=None)
 
 
 @weighted_by_advantage
@@ -194,6 +215,20 @@ def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
         ref_logp: the same under the reference, [N, T] nats
     """
     return estimate(logp - ref_logp, "k3")
+
+
+@rowwise
+def kl_old(logp: Tensor, old_logp: Tensor) -> Tensor:
+    """Trust region: k3 = exp(-d) - 1 + d, d = logp - old_logp, [N, T]: a penalty on leaving the policy of the step's start.
+
+    To second order KL(old || new), of which it is not an unbiased estimate on tokens of old. See Su et al., "Trust Region Preference
+    Approximation: A simple and stable reinforcement learning algorithm for LLM reasoning", arXiv:2504.04524.
+
+    Args:
+        logp: log-probabilities of the policy, [N, T] nats
+        old_logp: the same at the start of the step, [N, T] nats
+    """
+    return estimate(logp - old_logp, "k3")
 
 
 @rowwise

@@ -29,6 +29,7 @@ RESERVED = (
     "shaping",
     "credit",
     "component",
+    "hack",
     "response",
     "count",
     "advantage",

@@ -35,6 +35,7 @@ def describe(cfg: Any) -> str:
     copies = {}
     if "reference" in plan.models and not cfg.model.lora.r:
         copies["reference"] = "frozen weights"
+    copies |= dict.fromkeys(cfg.frozen, "frozen weights")
     if plan.source == "sampled" and (cfg.hardware.zero == 3 or "policy" not in plan.learners):
         copies["sampler"] = "a whole copy that samples"
     lines += ["", "Memory per process (estimate)", *memory(cfg, plan.learners, copies, hw | {"processes": world})]

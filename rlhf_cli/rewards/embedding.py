@@ -72,10 +72,13 @@ class Embedding:
             )
 
     def __call__(self, samples: Sequence[Sample], group: Tensor) -> Scores:
-        self.load()
+        return scored(self._row(near) for near in self.near(samples))
+
+    def near(self, samples: Sequence[Sample]) -> list[dict[str, float]]:
+        """Similarity of each response with its `prompt` and its `references`, as far as they are asked for and there."""
         self._remember([t for s in samples for t in self._fixed(s)])
         vectors = self.encode([s.response for s in samples])
-        return scored(self._row(s, v) for s, v in zip(samples, vectors, strict=True))
+        return [self._near(s, v) for s, v in zip(samples, vectors, strict=True)]
 
     def _fixed(self, sample: Sample) -> list[str]:
         """What the response is compared with."""
@@ -89,17 +92,19 @@ class Embedding:
             new = list(dict.fromkeys(texts))
         self._known |= zip(new, self.encode(new), strict=True)
 
-    def _row(self, sample: Sample, vector: Tensor) -> Row:
-        parts: dict[str, float | None] = {}
+    def _near(self, sample: Sample, vector: Tensor) -> dict[str, float]:
+        found: dict[str, float] = {}
         if self.to != "references":
-            parts["prompt"] = float(vector @ self._known[sample.prompt])
-        if self.to != "prompt":
-            near = [float(vector @ self._known[r]) for r in references_of(sample)]
-            if not near:
-                return Row(None, reason="it has no reference")
-            parts["references"] = max(near) if self.best else sum(near) / len(near)
-        there = [v for v in parts.values() if v is not None]
-        return Row(sum(there) / len(there), parts if len(parts) > 1 else {})
+            found["prompt"] = float(vector @ self._known[sample.prompt])
+        near = [float(vector @ self._known[r]) for r in references_of(sample)] if self.to != "prompt" else []
+        if near:
+            found["references"] = max(near) if self.best else sum(near) / len(near)
+        return found
+
+    def _row(self, near: dict[str, float]) -> Row:
+        if self.needs_references and "references" not in near:
+            return Row(None, reason="it has no reference")
+        return Row(sum(near.values()) / len(near), near if len(near) > 1 else {})
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Tensor:

@@ -59,6 +59,7 @@ class SqlPartial:
                 f"{', '.join(PARTS)}, tags are two words, e.g. reward.sql_partial.tags=[reasoning,answer]"
             )
         self.weights, self.linking, self.tags, self.folder = dict(weights), linking, tuple(tags), folder
+        self.forms = {"format": self.weights["format"]}
         self.limits: Limits = limits_of("reward.sql_partial", instructions, seconds, rows)
 
     def __call__(self, samples: Sequence[Sample], group: Tensor) -> Scores:

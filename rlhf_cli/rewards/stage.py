@@ -7,12 +7,14 @@ from functools import partial
 from typing import Any
 
 from rlhf_cli import gates, plan_reward, stages
+from rlhf_cli.detectors import Detectors
 from rlhf_cli.engine.comm import Comm
 from rlhf_cli.flow import Plan
 from rlhf_cli.prepass import Prepass
 from rlhf_cli.rewards.joining import Joining
 from rlhf_cli.rewards.nodes import reward_nodes, slot
 from rlhf_cli.state import Builder
+from rlhf_cli.types import Experience
 
 
 def make_joining(
@@ -33,6 +35,27 @@ def make_joining(
     )  # fmt: skip
 
 
+def make_detectors(cfg: Any, scorer: Any) -> Detectors:
+    """What looks at every scored step for signs of hacking, with the weights of the rewards and of those of form alone."""
+    forms: dict[str, float] = {}
+    for name, (weight, part) in scorer.scorers.items():
+        made = getattr(part, "scorer", part)  # what runs in worker processes
+        forms |= {name: weight} if getattr(made, "of_format", False) else {}
+        forms |= {f"{name}/{k}": weight * w for k, w in getattr(made, "forms", {}).items()}
+    return Detectors(cfg.detectors, scorer.weights, forms)
+
+
+def watched(score: stages.Stage, detectors: Detectors, record: Any) -> stages.Stage:
+    """The stage, and then the detectors, whose numbers are logged under `hack/`."""
+
+    def stage(exp: Experience) -> Experience:
+        exp = score(exp)
+        record.count(detectors(exp), stage="hack")
+        return exp
+
+    return stage
+
+
 def make_scoring(
     cfg: Any,
     plan: Plan,
@@ -51,5 +74,6 @@ def make_scoring(
     join = make_joining(cfg, plan, scorer, prepass, tokenizer, record.count, build)
     count, took = partial(record.count, stage="component"), partial(record.count, stage="time")
     score = stages.scoring(scorer, comm, cfg.gates.failures, checks.reward, count, record.note, took, join)
+    score = watched(score, build.keep("detectors", make_detectors(cfg, scorer)), record)
     score = stages.shuffled(score, cfg.seed) if cfg.debug.get("shuffled_reward") else score
     return (stages.baselined(score, record.count) if plan.greedy else score), prepass

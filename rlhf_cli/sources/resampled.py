@@ -98,14 +98,11 @@ def join(parts: Sequence[Experience]) -> Experience:
     parts = [p for p in parts if len(p)] or list(parts[:1])
     if len(parts) == 1:
         return parts[0]
-    width = max(p.ids.shape[1] for p in parts)
     columns: dict[str, Any] = {}
     for f in fields(Experience):
         if f.name not in COLUMNS or getattr(parts[0], f.name) is None:
             continue
-        shape = COLUMNS[f.name].split()
-        cut = [getattr(p, f.name) for p in parts]
-        columns[f.name] = torch.cat([_widened(x, width) if shape[-1] == "T" else x for x in cut])
+        columns[f.name] = torch.cat(_widened([getattr(p, f.name) for p in parts]))
     columns["group"] = torch.cat([g + start for g, start in zip(*_numbered(parts), strict=True)])
     if columns.get("pairs") is not None:
         starts = torch.tensor([0, *[len(p) for p in parts[:-1]]]).cumsum(0).tolist()
@@ -122,5 +119,8 @@ def _numbered(parts: Sequence[Experience]) -> tuple[list[Tensor], list[int]]:
     return [p.group for p in parts], torch.tensor([0, *sizes[:-1]]).cumsum(0).tolist()
 
 
-def _widened(x: Tensor, width: int) -> Tensor:
-    return torch.nn.functional.pad(x, (0, width - x.shape[1]))
+def _widened(parts: Sequence[Tensor]) -> list[Tensor]:
+    """All with the largest size of each dimension but the first, zeros behind."""
+    most = [max(sizes) for sizes in zip(*(p.shape[1:] for p in parts), strict=True)]
+    pads = [[n for size, m in zip(p.shape[:0:-1], most[::-1], strict=True) for n in (0, m - size)] for p in parts]
+    return [torch.nn.functional.pad(p, pad) for p, pad in zip(parts, pads, strict=True)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -11,17 +10,14 @@ import torch
 
 from rlhf_cli.data.record import Record, check_links, units
 from rlhf_cli.engine.comm import Comm
+from rlhf_cli.rollout.masking import aligned
 from rlhf_cli.rollout.sampler import Decoding, Sampler
-from rlhf_cli.sources.assemble import Order, align, rows, sample_of, texts_of
+from rlhf_cli.sources.assemble import Order, align, row_seed, rows, sample_of, texts_of
 from rlhf_cli.types import Experience, Sample
 
+__all__ = ["Drawn", "Sampled", "draw", "early", "row_seed"]
+
 Done = Callable[[int, list[list[int]]], None]
-
-
-def row_seed(*parts: int) -> int:
-    """A 63-bit seed from integers; rows with different parts are independent, whatever batch they are drawn in."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 class Sampled:
@@ -104,6 +100,8 @@ class Sampled:
             "truncated": torch.as_tensor(drawn.truncated),
             "behavior_logp": align(drawn.logp, exp),
         }
+        if any(sets is not None for sets in drawn.allowed):
+            columns["allowed"] = aligned(drawn.allowed)
         return Experience(**{**vars(exp), **columns})
 
     def publish(self, version: int) -> None:
@@ -126,6 +124,7 @@ class Drawn(NamedTuple):
     ids: list[list[int]]
     logp: list[list[float]]
     truncated: list[bool]
+    allowed: list[Any]  # None without a mask
 
 
 def together(drawn: Drawn, best: Drawn | None, k: int) -> Drawn:
@@ -162,7 +161,7 @@ def draw(
     `done` gets each prompt's index and its responses as soon as they are complete, on the rank that draws them.
     """
     mine = range(comm.rank, len(prompts), comm.world)
-    own: list[tuple[list[int], list[float], bool]] = []
+    own: list[tuple[list[int], list[float], bool, Any]] = []
     if len(mine):
         drawn = sampler.sample(
             [prompts[i] for i in mine],
@@ -173,7 +172,7 @@ def draw(
         )
         logp = drawn.logp.tolist()
         own = [
-            (ids, logp[i][: len(ids)], bool(cut))
+            (ids, logp[i][: len(ids)], bool(cut), drawn.allowed[i] if drawn.allowed else None)
             for i, (ids, cut) in enumerate(zip(drawn.ids, drawn.truncated.tolist(), strict=True))
         ]
     parts = comm.gather(own)
