@@ -173,13 +173,9 @@ def test_every_option_composes_builds_and_plans(group: str, name: str) -> None:
     found = list(nodes(plain, ""))
     assert found
     for key, node in found:
-<<<<<<< HEAD
-        kept = RESERVED if key.startswith("reward.") else RULE_RESERVED if key == "combine" else ()
-        node = node if isinstance(node.get("path", ""), str) else {**node, "path": node["path"][0]}
-=======
         own = {"combine": RULE_RESERVED, "environment": OWN}
         kept = RESERVED if key.startswith("reward.") else own.get(key, ())
->>>>>>> main
+        node = node if isinstance(node.get("path", ""), str) else {**node, "path": node["path"][0]}
         check_node(node, key, reserved=kept)
         if node["_target_"] not in NEEDS_PATH and not key.startswith("tracker."):
             made: Any = build(node, key, reserved=kept)
