@@ -119,6 +119,10 @@ WITH = {
     "combine": ["reward=[bleu,length]"],
     "combine=lagrangian": ["combine.thresholds.length=0.5"],
     "combine=maxmin_records": ["combine.by_meta=team", "dataset.columns.meta.team=team"],
+    **{
+        f"experiment={name}": ["debug.stand_ins=true"]
+        for name in ("infalign", "lsc", "mo_grpo", "par", "reward_robust", "rm_ensemble")
+    },
     "rollout=greedy": ["algo=sft"],  # equal samples are refused in training; recorded rows need none
 }
 PAIRS = ["dataset=preferences", "dataset.path=DATA"]
