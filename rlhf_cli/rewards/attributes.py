@@ -55,7 +55,7 @@ class Attributes(Model):
         self.outputs = len(self.heads)
 
     def __call__(self, samples: Sequence[Sample], group: Tensor) -> Scores:
-        return scored(self._row(v) for v in self.values(samples))
+        return scored(self._row(v) for v in self.values(samples, group))
 
     def _row(self, values: Sequence[float] | None) -> Row:
         if values is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf_cli.data.text import render, response_ids
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.rewards.encoder import device_of
-from rlhf_cli.rewards.per_sample import Row, scored
+from rlhf_cli.rewards.per_sample import Row, groups_of, scored
 from rlhf_cli.rewards.spans import Span, token_ends
 from rlhf_cli.types import Sample, Scores
 
@@ -91,11 +91,14 @@ class Implicit:
     def __call__(self, samples: Sequence[Sample], group: Tensor) -> Scores:
         self.load()
         ids = [self._ids(s) for s in samples]
-        fits = sorted((i for i, x in enumerate(ids) if x), key=lambda i: sum(map(len, ids[i])))
         terms: dict[int, Tensor] = {}
-        for start in range(0, len(fits), self.batch_size):
-            rows = fits[start : start + self.batch_size]
-            terms |= zip(rows, self._terms([ids[i] for i in rows]), strict=True)
+        for members in groups_of(
+            group.tolist()
+        ):  # a forward never mixes groups, as its last bits follow from its shape
+            fits = sorted((i for i in members if ids[i]), key=lambda i: sum(map(len, ids[i])))
+            for start in range(0, len(fits), self.batch_size):
+                rows = fits[start : start + self.batch_size]
+                terms |= zip(rows, self._terms([ids[i] for i in rows]), strict=True)
         values = [float(terms[i].sum()) if i in terms else None for i in range(len(samples))]
         why = f"it is longer than {self.max_tokens} tokens"
         found = scored(Row(v, reason=why if v is None else "") for v in values)

@@ -16,7 +16,7 @@ from rlhf_cli.data.text import render, response_ids
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.models.loading import tiny_reward_model
 from rlhf_cli.models.tiny import tiny_tokenizer
-from rlhf_cli.rewards.per_sample import Row, scored
+from rlhf_cli.rewards.per_sample import Row, groups_of, scored
 from rlhf_cli.types import Sample, Scores
 
 
@@ -70,20 +70,24 @@ class Model:
             self.model.to(self.device)
 
     def __call__(self, samples: Sequence[Sample], group: Tensor) -> Scores:
-        rows = self.values(samples)
+        rows = self.values(samples, group)
         return scored(Row(v[0] if v else None, reason="" if v else too_long(self.max_tokens)) for v in rows)
 
     @torch.no_grad()
-    def values(self, samples: Sequence[Sample]) -> list[list[float] | None]:
-        """The outputs for each sample; None where the response alone is too long."""
+    def values(self, samples: Sequence[Sample], group: Tensor) -> list[list[float] | None]:
+        """The outputs for each sample; None where the response alone is too long.
+
+        A forward never mixes groups: its last bits follow from its shape, which must not depend on who scores which group.
+        """
         self.load()
         ids = [self._ids(s) for s in samples]
-        usable = sorted((i for i, x in enumerate(ids) if x), key=lambda i: len(ids[i]))  # by length: little padding
         values: list[list[float] | None] = [None] * len(samples)
-        for start in range(0, len(usable), self.batch_size):
-            rows = usable[start : start + self.batch_size]
-            for i, value in zip(rows, self._forward([ids[i] for i in rows]), strict=True):
-                values[i] = value
+        for members in groups_of(group.tolist()):
+            usable = sorted((i for i in members if ids[i]), key=lambda i: len(ids[i]))  # by length: little padding
+            for start in range(0, len(usable), self.batch_size):
+                rows = usable[start : start + self.batch_size]
+                for i, value in zip(rows, self._forward([ids[i] for i in rows]), strict=True):
+                    values[i] = value
         return values
 
     def _forward(self, rows: Sequence[list[int]]) -> list[list[float]]:

@@ -105,4 +105,4 @@ def test_heads_number_the_outputs() -> None:
 
 def test_one_output_is_what_a_reward_model_has() -> None:
     one = Model(path="tiny:3", render="turn", **RUN)(SAMPLES[:1], GROUP[:1]).value.item()
-    assert math.isfinite(one) and Model(path="tiny:3", render="turn", **RUN).values(SAMPLES[:1]) == [[one]]
+    assert math.isfinite(one) and Model(path="tiny:3", render="turn", **RUN).values(SAMPLES[:1], GROUP[:1]) == [[one]]
