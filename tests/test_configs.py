@@ -30,7 +30,7 @@ NEEDS_PATH = {
     "rlhf_cli.rewards.implicit.Implicit",
 }
 REQUIRED = {
-    **dict.fromkeys(("judge", "judge_anchor", "judge_listwise", "judge_pairwise"), "judge.backend=rule"),
+    **dict.fromkeys(("judge", "judge_anchor", "judge_listwise", "judge_pairwise", "oni"), "judge.backend=rule"),
     "co_reward": "dataset=rephrased",
     "model": "reward.model.path=RUN",
     "ensemble": "reward.ensemble.path=[RUN,OTHER]",
@@ -44,6 +44,7 @@ REQUIRED = {
 
 
 FITTING = {
+    ("experiment", "p3o"): ["reward.model.path=RUN"],
     ("experiment", "rto"): ["frozen.dpo.path=RUN", "reward.model.path=RUN"],
     ("experiment", "salsa"): ["model.soup.path=RUN"],
     ("shaping", "implicit_dpo"): ["algo=ppo", "frozen.dpo.path=RUN"],
@@ -71,6 +72,12 @@ TALKS = {  # options that need the other party of a dialogue
     },
     **{("experiment", name): [f"experiment={name}", "judge.backend=rule"] for name in ("rlpa", "rlpa_dialogue", "oni")},
     ("reward", "environment"): GAME,
+    ("reward", "by_category"): ["reward=by_category", "reward.by_category.path=RUN"],
+    ("reward", "clause_distance"): ["reward=[clause_distance,bleu]"],
+    ("credit", "difficulty_scaled"): [
+        "credit=difficulty_scaled", "reward=[by_category,clause_distance]", "reward.by_category.path=RUN", "dataset=refusals",
+    ],
+    ("experiment", "dr_irl"): ["experiment=dr_irl", "reward.by_category.path=RUN"],
     ("shaping", "turns"): ["shaping=turns", "credit=group_norm_to_go", *GAME],
 }  # fmt: skip
 
