@@ -68,6 +68,8 @@ def finish(cfg: DictConfig, choices: Mapping[str, Any], groups: Iterable[str]) -
     order = [*groups, *(g for g in choices if "@" in g and not g.startswith("hydra/"))]
     # Hydra reports no choice for a list of options; its nodes are keyed by option.
     several = {g: "+".join(map(str, cfg[g])) for g in groups if g not in choices and isinstance(cfg.get(g), DictConfig)}
+    if choices.get("reward") == "none" and cfg.get("reward"):  # rewards under names of their own
+        choices = {**choices, "reward": "+".join(map(str, cfg.reward))}
     cfg.names = {g: str(name) for g in order if (name := choices.get(g) or several.get(g))}
     standins.fill(cfg)
     return cfg

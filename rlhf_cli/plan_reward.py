@@ -10,7 +10,7 @@ from rlhf_cli.data.spec import gives
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.flow import Plan, Stage
 from rlhf_cli.judges.judge import check_section, describe
-from rlhf_cli.rewards.nodes import RESERVED, RULE_RESERVED, Node, reward_nodes, slot, sources
+from rlhf_cli.rewards.nodes import PATHS, RESERVED, RULE_RESERVED, Node, reward_nodes, slot, sources
 from rlhf_cli.signature import Signature
 
 REFERENCE = ("ref_scores", "ref_length")
@@ -48,8 +48,9 @@ def scorers(cfg: Any, plan: Plan, have: set[str]) -> None:
             raise ConfigError(
                 f"reward={name} compares the answers to linked prompts, and this dataset links none; type dataset.columns.link=COLUMN"
             )
-        if "path" in sig.params and not node.get("path"):
-            raise ConfigError(f"{key}.path is empty; type {key}.path={sig.flags.get('path_is', 'FILE')}")
+        empty = next((n for n in PATHS if n in sig.params and not node.get(n)), "")
+        if empty:
+            raise ConfigError(_named(cfg, one, empty, str(sig.flags.get("path_is", "FILE"))))
         brought = str(sig.flags.get("columns", "")).split()  # beside its value
         plan.stages.append(
             Stage(
@@ -67,6 +68,13 @@ def scorers(cfg: Any, plan: Plan, have: set[str]) -> None:
         if sig.flags.get("loads_model"):
             plan.models[f"reward.{name}"] = f"scores responses ({node['path']})"
     _combination(cfg, plan)
+
+
+def _named(cfg: Any, one: Node, setting: str, kind: str) -> str:
+    """What to type where no model, or no file, is named."""
+    several = sum(n.key == one.key for n in reward_nodes(cfg)) > 1
+    value = f"'{one.key}.{setting}=[{kind},{kind}]'" if several else f"{one.key}.{setting}={kind}"
+    return f"{one.key}.{setting} is empty; type {value}"
 
 
 def _prepass(cfg: Any, plan: Plan, have: set[str]) -> None:
@@ -151,9 +159,7 @@ def _check_shaper(key: str, sig: Signature) -> None:
     absent = sorted(set(sig.columns) - CARRIED)
     name = _short(sig)
     if "score" not in sig.columns:
-        raise ConfigError(
-            f"{key}: {name} gives token rewards, which are shaped together; type +shaping={name}, or put it into shaping"
-        )
+        raise ConfigError(f"{key}: {name} gives token rewards, which are shaped together; put it into shaping")
     if absent:
         raise ConfigError(
             f"{key}: {name} needs {absent[0]}, which is not known when a reward is scored; put it into shaping"

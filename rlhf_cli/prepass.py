@@ -23,7 +23,7 @@ from rlhf_cli.data.record import Record
 from rlhf_cli.engine.comm import Comm
 from rlhf_cli.errors import ConfigError, GateError
 from rlhf_cli.models import loading
-from rlhf_cli.rewards.nodes import RESERVED, reward_nodes
+from rlhf_cli.rewards.nodes import PATHS, RESERVED, reward_nodes
 from rlhf_cli.sample import Sample
 from rlhf_cli.sources.assemble import sample_of, texts_of
 from rlhf_cli.sources.sampled import draw, early, row_seed
@@ -248,7 +248,7 @@ def _scorer(cfg: Any, key: str, settings: Mapping[str, Any]) -> Line:
     for name, value in bound.items():
         if not isinstance(value, str) or not value:
             continue
-        if sig.flags.get("loads_model") and name in ("path", "reference"):
+        if sig.flags.get("loads_model") and name in PATHS and value != "none":
             made[name] = value if standins.seed_of(value) is not None else _weights(ModelSection(path=value), 0)
         elif Path(value.partition(":")[0]).is_file():
             made[name] = (

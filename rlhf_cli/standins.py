@@ -13,9 +13,8 @@ from rlhf_cli.config import check_node
 from rlhf_cli.environments.section import OWN
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.judges.judge import configured
-from rlhf_cli.rewards.nodes import RESERVED, unfolded
+from rlhf_cli.rewards.nodes import PATHS, RESERVED, unfolded
 
-PATHS = ("path", "reference")  # settings of a reward that name a model
 PREFIX = "tiny:"  # tiny:SEED is the random two-layer model of that seed
 
 
@@ -82,8 +81,9 @@ def _askers(cfg: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _flag(cfg: Any, node: Mapping[str, Any], key: str, flag: str) -> bool:
+    one = {**node, "path": ""} if "path" in node else node  # it may be a list: a member for each
     try:
-        signature, _ = check_node(node, key, allow=cfg.allow_targets, reserved=(*RESERVED, *OWN))
+        signature, _ = check_node(one, key, allow=cfg.allow_targets, reserved=(*RESERVED, *OWN))
     except ConfigError:
         return False  # the planner says what is wrong
     return bool(signature.flags.get(flag))

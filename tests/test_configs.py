@@ -26,11 +26,16 @@ NEEDS_PATH = {
     "rlhf_cli.rewards.model.Model",
     "rlhf_cli.rewards.python.Python",
     "rlhf_cli.rewards.perplexity.Perplexity",
+    "rlhf_cli.rewards.attributes.Attributes",
+    "rlhf_cli.rewards.implicit.Implicit",
 }
 REQUIRED = {
     **dict.fromkeys(("judge", "judge_anchor", "judge_listwise", "judge_pairwise", "oni"), "judge.backend=rule"),
     "co_reward": "dataset=rephrased",
     "model": "reward.model.path=RUN",
+    "ensemble": "reward.ensemble.path=[RUN,OTHER]",
+    "attributes": "reward.attributes.path=FOLDER",
+    "implicit": "+debug.stand_ins=true",
     "python": "reward.python.path=mine.py:score",
     "regex": "reward.regex.pattern=x",
     "perplexity": "reward.perplexity.path=FOLDER",
@@ -121,6 +126,10 @@ WITH = {
     "combine": ["reward=[bleu,length]"],
     "combine=lagrangian": ["combine.thresholds.length=0.5"],
     "combine=maxmin_records": ["combine.by_meta=team", "dataset.columns.meta.team=team"],
+    **{
+        f"experiment={name}": ["debug.stand_ins=true"]
+        for name in ("infalign", "lsc", "mo_grpo", "par", "reward_robust", "rm_ensemble")
+    },
     "rollout=greedy": ["algo=sft"],  # equal samples are refused in training; recorded rows need none
 }
 PAIRS = ["dataset=preferences", "dataset.path=DATA"]
@@ -177,6 +186,7 @@ def test_every_option_composes_builds_and_plans(group: str, name: str) -> None:
     for key, node in found:
         own = {"combine": RULE_RESERVED, "environment": OWN}
         kept = RESERVED if key.startswith("reward.") else own.get(key, ())
+        node = node if isinstance(node.get("path", ""), str) else {**node, "path": node["path"][0]}
         check_node(node, key, reserved=kept)
         if node["_target_"] not in NEEDS_PATH and not key.startswith("tracker."):
             made: Any = build(node, key, reserved=kept)

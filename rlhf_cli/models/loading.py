@@ -97,9 +97,9 @@ def load_scalar(cfg_model: ModelSection, *, dtype: torch.dtype, seed: int) -> An
     return _ready(model if _is_scalar(where, cfg_model) else _fresh_head(model, seed))
 
 
-def tiny_reward_model(seed: int, dtype: torch.dtype) -> Any:
+def tiny_reward_model(seed: int, dtype: torch.dtype, outputs: int = 1) -> Any:
     """The random sequence classifier of a seed."""
-    return _ready(_fresh_head(tiny_scalar(seed, dtype), seed))
+    return _ready(_fresh_head(tiny_scalar(seed, dtype, outputs), seed))
 
 
 def _seed(cfg_model: ModelSection, seed: int) -> int:

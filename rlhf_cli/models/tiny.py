@@ -56,12 +56,12 @@ def tiny_causal(seed: int, dtype: torch.dtype) -> Any:
     return _randomised(LlamaForCausalLM, tiny_config(), seed).to(dtype)
 
 
-def tiny_scalar(seed: int, dtype: torch.dtype) -> Any:
-    """The same backbone, with one number per token; its head is drawn by the caller."""
+def tiny_scalar(seed: int, dtype: torch.dtype, outputs: int = 1) -> Any:
+    """The same backbone, with `outputs` numbers per token; its head is drawn by the caller."""
     from transformers import LlamaForSequenceClassification
 
     config = tiny_config()
-    config.num_labels = 1
+    config.num_labels = outputs
     return _randomised(LlamaForSequenceClassification, config, seed).to(dtype)
 
 

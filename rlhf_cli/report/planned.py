@@ -31,7 +31,7 @@ def describe(cfg: Any) -> str:
         "Hardware",
         f"  {hw['device']}, {machines}{world} x {threads}, {hw['precision']}, ZeRO-{cfg.hardware.zero}, offload {cfg.hardware.offload}",
     ]
-    lines += ["", "Models"] + [f"  {name:<14}{why}" for name, why in plan.models.items()]
+    lines += ["", "Models"] + [f"  {name + ' ':<14}{why}" for name, why in plan.models.items()]
     copies = {}
     if "reference" in plan.models and not cfg.model.lora.r:
         copies["reference"] = "frozen weights"

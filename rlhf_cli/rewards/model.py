@@ -16,7 +16,7 @@ from rlhf_cli.data.text import render, response_ids
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.models.loading import tiny_reward_model
 from rlhf_cli.models.tiny import tiny_tokenizer
-from rlhf_cli.rewards.per_sample import Row, scored
+from rlhf_cli.rewards.per_sample import Row, groups_of, scored
 from rlhf_cli.types import Sample, Scores
 
 
@@ -31,6 +31,7 @@ class Model:
 
     path_is = "RUN"
     loads_model = True
+    outputs = 1
 
     def __init__(
         self,
@@ -65,32 +66,41 @@ class Model:
     def load(self) -> None:
         """Read weights and tokenizer, unless they are here already; the first call does it by itself."""
         if self.model is None:
-            self.model, self.tokenizer = load_classifier(self.folder, self.dtype)
+            self.model, self.tokenizer = load_classifier(self.folder, self.dtype, self.outputs)
             self.model.to(self.device)
 
-    @torch.no_grad()
     def __call__(self, samples: Sequence[Sample], group: Tensor) -> Scores:
+        rows = self.values(samples, group)
+        return scored(Row(v[0] if v else None, reason="" if v else too_long(self.max_tokens)) for v in rows)
+
+    @torch.no_grad()
+    def values(self, samples: Sequence[Sample], group: Tensor) -> list[list[float] | None]:
+        """The outputs for each sample; None where the response alone is too long.
+
+        A forward never mixes groups: its last bits follow from its shape, which must not depend on who scores which group.
+        """
         self.load()
         ids = [self._ids(s) for s in samples]
-        usable = sorted((i for i, x in enumerate(ids) if x), key=lambda i: len(ids[i]))  # by length: little padding
-        values: list[float | None] = [None] * len(samples)
-        for start in range(0, len(usable), self.batch_size):
-            rows = usable[start : start + self.batch_size]
-            for i, value in zip(rows, self._forward([ids[i] for i in rows]), strict=True):
-                values[i] = value
-        return scored(Row(v, reason=f"it is longer than {self.max_tokens} tokens" if v is None else "") for v in values)
+        values: list[list[float] | None] = [None] * len(samples)
+        for members in groups_of(group.tolist()):
+            usable = sorted((i for i in members if ids[i]), key=lambda i: len(ids[i]))  # by length: little padding
+            for start in range(0, len(usable), self.batch_size):
+                rows = usable[start : start + self.batch_size]
+                for i, value in zip(rows, self._forward([ids[i] for i in rows]), strict=True):
+                    values[i] = value
+        return values
 
-    def _forward(self, rows: Sequence[list[int]]) -> list[float]:
+    def _forward(self, rows: Sequence[list[int]]) -> list[list[float]]:
         lengths = torch.tensor([len(r) for r in rows])
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True)  # [N, T], padded right
         attention = torch.arange(ids.shape[1]) < lengths[:, None]
         inputs = {"input_ids": ids.to(self.device), "attention_mask": attention.long().to(self.device)}
         if not hasattr(self.model, "score"):  # an encoder, which pools its first token
-            return self.model(**inputs).logits[:, 0].float().tolist()
+            return self.model(**inputs).logits.float().tolist()
         # The library looks for the last token that is not the pad token: one early where pad is also the end token.
         hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state  # [N, T, H]
         last = hidden[torch.arange(len(rows), device=hidden.device), (lengths - 1).to(hidden.device)]
-        return self.model.score(last)[:, 0].float().tolist()
+        return self.model.score(last).float().tolist()
 
     def _ids(self, sample: Sample) -> list[int]:
         """The tokens to score; none where the response alone is too long."""
@@ -151,11 +161,16 @@ def resolve(path: str) -> str:
     return str(folder)
 
 
-def load_classifier(folder: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Model and tokenizer, checked: one output, a trained head, an end token."""
+def too_long(limit: int) -> str:
+    """Why a response has no score."""
+    return f"it is longer than {limit} tokens"
+
+
+def load_classifier(folder: str, dtype: torch.dtype, outputs: int = 1) -> tuple[Any, Any]:
+    """Model and tokenizer, checked: the number of outputs, a trained head, an end token."""
     seed = standins.seed_of(folder)
     if seed is not None:
-        return tiny_reward_model(seed, dtype).requires_grad_(False), tiny_tokenizer()
+        return tiny_reward_model(seed, dtype, outputs).requires_grad_(False), tiny_tokenizer()
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     try:
@@ -165,8 +180,9 @@ def load_classifier(folder: str, dtype: torch.dtype) -> tuple[Any, Any]:
         )
     except (OSError, ValueError) as e:
         raise ConfigError(f"reward.model.path: {folder} cannot be loaded: {' '.join(str(e).split())[:200]}") from e
-    if model.config.num_labels != 1:
-        raise ConfigError(f"reward.model.path: {folder} has {model.config.num_labels} outputs; a reward model has one")
+    if model.config.num_labels != outputs:
+        wanted = "a reward model has one" if outputs == 1 else f"heads names {outputs}"
+        raise ConfigError(f"reward.model.path: {folder} has {model.config.num_labels} outputs; {wanted}")
     if info["missing_keys"]:
         absent = ", ".join(sorted(info["missing_keys"])[:3])
         raise ConfigError(

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from rlhf_cli.errors import ConfigError
 
 RESERVED = ("weight", "shaping", "parts")  # keys of a reward that do not belong to its scorer
+PATHS = ("path", "reference")  # settings that name a model or a file
 RULE_RESERVED = ("center", "scale")  # keys of a combination that do not belong to its rule
 
 

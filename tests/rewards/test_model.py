@@ -162,3 +162,11 @@ def test_weights_that_are_refused_at_load(tmp_path):
     torch.save({}, tmp_path / "pickled/pytorch_model.bin")
     with pytest.raises(ConfigError, match=r"pickled cannot be loaded: "):
         make(tmp_path / "pickled").load()
+
+
+def test_the_bits_of_a_group_do_not_depend_on_the_groups_beside_it(trained):
+    folder, *_ = trained
+    group = torch.tensor([0, 0, 1, 1, 1])
+    both = make(folder)(SAMPLES, group).value
+    assert torch.equal(both[:2], make(folder)(SAMPLES[:2], group[:2]).value)
+    assert torch.equal(both[2:], make(folder)(SAMPLES[2:], group[2:]).value)
