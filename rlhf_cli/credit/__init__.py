@@ -7,10 +7,11 @@ from rlhf_cli.credit.group import (
     group_norm,
     group_norm_to_go,
     group_whitened,
+    identity,
     leave_one_out,
 )
 from rlhf_cli.credit.running import RunningMean
-from rlhf_cli.credit.to_go import reward_to_go
+from rlhf_cli.credit.to_go import reward_to_go, reward_to_go_filtered
 
 __all__ = [
     "RunningMean",
@@ -22,6 +23,8 @@ __all__ = [
     "group_norm",
     "group_norm_to_go",
     "group_whitened",
+    "identity",
     "leave_one_out",
     "reward_to_go",
+    "reward_to_go_filtered",
 ]
