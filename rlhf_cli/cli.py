@@ -141,7 +141,7 @@ def inherited(cfg: DictConfig, words: list[str]) -> DictConfig:
     from rlhf_cli.config import load_config
     from rlhf_cli.override import inherit
 
-    return inherit(cfg, load_config(Path(cfg.model.path)), words, ("dataset", "reward", "rollout"))
+    return inherit(cfg, load_config(Path(cfg.model.path)), words, ("dataset", "reward", "environment", "rollout"))
 
 
 def run_verb(request: Request, words: list[str] | None = None) -> int:

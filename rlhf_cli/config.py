@@ -320,6 +320,7 @@ class Root:
     learners: dict[str, LearnerSection] = field(default_factory=dict)
     frozen: dict[str, FrozenSection] = field(default_factory=dict)
     source: Any = None  # conf/source
+    environment: Any = None  # conf/environment: the other party of a dialogue; empty: single responses
     reward: Any = None  # conf/reward: name -> scorer with a weight
     reward_workers: RewardWorkersSection = field(default_factory=RewardWorkersSection)
     combine: Any = None  # conf/combine: how several rewards become one; empty: their weighted sum

@@ -8,6 +8,7 @@ from typing import Any
 from rlhf_cli import frozen, plan_reward, standins
 from rlhf_cli.checks import check_numbers
 from rlhf_cli.config import check_node, nearest
+from rlhf_cli.environments import section as dialogue
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.flow import Plan, Stage
 from rlhf_cli.signature import Signature
@@ -29,6 +30,7 @@ def validate(cfg: Any) -> Plan:
     check_numbers(cfg)
     frozen.check(cfg)
     plan = Plan(source=source_kind(cfg))
+    dialogue.check(cfg, plan.source)
     have = set(BASE)
     _source(cfg, plan, have)
     plan_reward.scorers(cfg, plan, have)
@@ -115,6 +117,14 @@ def _stage(
     have.update(gives or sig.gives)
 
 
+SOURCE_ONLY = {
+    "turn_reward": "only the turns of a dialogue have one: type environment=NAME (rlhf list environment)",
+    "baseline": "it is the score of a greedy response, and recorded rows have none: type source=sampled",
+    "behavior_logp": "recorded rows were not drawn by this policy: type source=sampled",
+}
+"""Column that only some sources have -> why it is absent."""
+
+
 def _why_absent(cfg: Any, plan: Plan, column: str, learner: str) -> str:
     if column == "pairs":
         return "no stage makes pairs: choose a dataset with preferences (dataset=preferences), or a reward and select=best_vs_worst"
@@ -130,10 +140,8 @@ def _why_absent(cfg: Any, plan: Plan, column: str, learner: str) -> str:
         return f"learner {learner!r} has no score head: set learners.{learner}.head=score"
     if column in ("advantage", "returns"):
         return "no credit rule gives it: type credit=group_norm (rlhf list credit)"
-    if column == "baseline":
-        return "it is the score of a greedy response, and recorded rows have none: type source=sampled"
-    if column == "behavior_logp":
-        return "recorded rows were not drawn by this policy: type source=sampled"
+    if column in SOURCE_ONLY:
+        return SOURCE_ONLY[column]
     if column in ("label", "margin", "pair_weight"):
         return f"the dataset has no {column}: map it with dataset.columns"
     if column in ("logp", "entropy", "old_logp", "ref_logp", "full_logp"):
@@ -146,16 +154,12 @@ def _source(cfg: Any, plan: Plan, have: set[str]) -> None:
     gives = _dataset_gives(cfg)
     where = cfg.dataset.path or cfg.dataset.format
     if plan.source == "sampled":
-        have.update(SAMPLED)
-        plan.models["policy"] = "answers the prompts"
-        plan.stages.append(
-            Stage(
-                "source",
-                f"sample {cfg.batch.samples} responses to each prompt of {where}",
-                frozenset(),
-                (*BASE, *SAMPLED),
-            )
-        )
+        talks = dialogue.chosen(cfg)
+        made = (*SAMPLED, *(("turn_reward",) if talks else ()))
+        have.update(made)
+        plan.models |= {"policy": "answers the prompts", **dialogue.models(cfg)}
+        does = dialogue.does(cfg) if talks else f"sample {cfg.batch.samples} responses to each prompt of {where}"
+        plan.stages.append(Stage("source", does, frozenset(), (*BASE, *made)))
         return
     if not gives & {"responses", "references"}:
         raise ConfigError(

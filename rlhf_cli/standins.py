@@ -10,6 +10,7 @@ from itertools import count
 from typing import Any
 
 from rlhf_cli.config import check_node
+from rlhf_cli.environments.section import OWN
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.judges.judge import configured
 from rlhf_cli.rewards.nodes import RESERVED, unfolded
@@ -40,7 +41,7 @@ def fill(cfg: Any) -> None:
                 node[name] = f"{PREFIX}{next(seeds)}"
             elif path is not None and not isinstance(path, str):
                 node[name] = [p or f"{PREFIX}{next(seeds)}" for p in path]
-    if not configured(cfg.judge) and any(_flag(cfg, node, key, "asks_judge") for key, node in _rewards(cfg)):
+    if not configured(cfg.judge) and any(_flag(cfg, node, key, "asks_judge") for key, node in _askers(cfg)):
         cfg.judge.backend = "rule"
 
 
@@ -73,9 +74,16 @@ def _rewards(cfg: Any) -> Iterator[tuple[str, Any]]:
     return (unfolded(key, node) for key, node in nodes if isinstance(node, Mapping))
 
 
+def _askers(cfg: Any) -> Iterator[tuple[str, Any]]:
+    """Whatever may ask a judge: rewards, and the other party of a dialogue."""
+    yield from _rewards(cfg)
+    if cfg.environment:
+        yield "environment", cfg.environment
+
+
 def _flag(cfg: Any, node: Mapping[str, Any], key: str, flag: str) -> bool:
     try:
-        signature, _ = check_node(node, key, allow=cfg.allow_targets, reserved=RESERVED)
+        signature, _ = check_node(node, key, allow=cfg.allow_targets, reserved=(*RESERVED, *OWN))
     except ConfigError:
         return False  # the planner says what is wrong
     return bool(signature.flags.get(flag))

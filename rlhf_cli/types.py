@@ -62,6 +62,7 @@ class Experience:
     ref_length: Tensor = column("N R")  # their lengths, tokens
     span_reward: Tensor = column("N T")  # the part of `score` that a scorer placed on tokens itself
     reward: Tensor = column("N T")
+    turn_reward: Tensor = column("N T")  # what the environment gave for each turn, at that turn's last trained token
     behavior_logp: Tensor = column("N T")  # of the distribution that was sampled
     full_logp: Tensor = column("N T")  # of the policy's whole distribution, where the sampled one was masked
     allowed: Tensor = column(

@@ -14,6 +14,7 @@ from rlhf_cli.data.loading import load, load_whole
 from rlhf_cli.data.record import Record, leading
 from rlhf_cli.engine.comm import Comm, seed_all
 from rlhf_cli.engine.memory import keep_freed_memory
+from rlhf_cli.environments import section as dialogue
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.models import loading
 from rlhf_cli.report import evaluate as held_out
@@ -51,15 +52,17 @@ def evaluate(cfg: Any) -> int:
     if scorer is None:
         raise ConfigError("eval: no reward; type reward=bleu (rlhf list reward)")
     wiring.require_references(scorer, records)
+    environment = dialogue.make(cfg)
     columns: dict[str, list[Row]] = {}
     for name, model_cfg in _models(cfg).items():
         sampler = _sampler(cfg, model_cfg, device)
-        encoded = wiring.encode(records, sampler.tokenizer, cfg)
+        player = wiring.make_player(cfg, environment, sampler)
+        encoded = wiring.encode(records, sampler.tokenizer, cfg, environment)
         for how, k, temperature in (("greedy", 1, 0.0), ("sampled", cfg.eval.samples, cfg.rollout.temperature)):
             if k:
                 decoding = decoding_of(cfg, temperature=temperature)
                 columns[f"{name}, {how}"] = held_out.generate_and_score(
-                    sampler, scorer, records, encoded, Comm(device), decoding, k=k, seed=cfg.seed
+                    sampler, scorer, records, encoded, Comm(device), decoding, k=k, seed=cfg.seed, player=player
                 )
         getattr(sampler, "close", lambda: None)()  # an engine of its own makes room for the next model's
         del sampler
@@ -112,9 +115,19 @@ def generate(cfg: Any) -> int:
     device = _device(cfg)
     records = _prompts(cfg)
     sampler = _sampler(cfg, cfg.model, device)
-    encoded = wiring.encode(records, sampler.tokenizer, cfg)
+    environment = dialogue.make(cfg)
+    encoded = wiring.encode(records, sampler.tokenizer, cfg, environment)
+    player = wiring.make_player(cfg, environment, sampler)
     rows = held_out.generate_and_score(
-        sampler, None, records, encoded, Comm(device), sampler.decoding, k=max(1, cfg.eval.samples), seed=cfg.seed
+        sampler,
+        None,
+        records,
+        encoded,
+        Comm(device),
+        sampler.decoding,
+        k=max(1, cfg.eval.samples),
+        seed=cfg.seed,
+        player=player,
     )
     if cfg.output:
         write_rows(Path(cfg.output), rows)

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from rlhf_cli import frozen, gates, readers, stages
 from rlhf_cli.data.loading import load
 from rlhf_cli.data.record import Record, as_demonstrations, check_lengths, check_references, leading
-from rlhf_cli.data.text import render, response_ids
+from rlhf_cli.data.text import check_dialogue, render, response_ids
 from rlhf_cli.engine.comm import Comm
 from rlhf_cli.engine.deepspeed import DeepSpeedEngine, Frozen, Setup
+from rlhf_cli.environments import section as dialogue
 from rlhf_cli.models import fused, loading, packing
 from rlhf_cli.models.heads import PolicyHead, ScalarHead, SharedHead, inner
 from rlhf_cli.models.lora import add_lora
@@ -30,6 +31,8 @@ from rlhf_cli.rewards.stage import make_scoring
 from rlhf_cli.rollout.backends import backend
 from rlhf_cli.rollout.sampler import Sampler
 from rlhf_cli.sources.assemble import rows, sample_of
+from rlhf_cli.sources.episodes import Episodes
+from rlhf_cli.sources.play import Player
 from rlhf_cli.sources.recorded import Recorded
 from rlhf_cli.sources.resampled import Resampled
 from rlhf_cli.sources.sampled import Sampled
@@ -50,6 +53,7 @@ class Parts:
     probe: Callable[[Run], Experience]  # a few rows for the gates at the start
     heldout: list[Record]
     encoded_heldout: list[list[int]]
+    player: Player | None  # of dialogues, where there is an environment
     recorded_heldout: Recorded | None
     gates: gates.Gates
     state: dict[str, Any]  # name -> object with state_dict
@@ -66,8 +70,8 @@ def make_run(cfg: Any, comm: Comm, record: Any, folder: Path | None = None) -> t
     require_references(scorer, [*train, *heldout])
     if scorer is not None:
         scorer.start()
-    encoded = encode(train, tokenizer, cfg)
-    encoded_heldout = encode(heldout, tokenizer, cfg)
+    environment = dialogue.make(cfg)
+    encoded, encoded_heldout = (encode(records, tokenizer, cfg, environment) for records in (train, heldout))
 
     packing.register()
     sections = learner_sections(cfg)
@@ -82,18 +86,15 @@ def make_run(cfg: Any, comm: Comm, record: Any, folder: Path | None = None) -> t
     if sampled:
         assert sampler is not None
         rest = getattr(sampler, "rest", _nothing)  # an engine that gives its memory back while the learner trains
-        source: Any = Sampled(
+        draws: Any = partial(Episodes, make_player(cfg, environment, sampler)) if environment is not None else Sampled
+        source: Any = draws(
             train, encoded, sampler, publish, comm, prompts=cfg.batch.prompts, samples=cfg.batch.samples, seed=cfg.seed,
             greedy=plan.greedy, begin=scorer.begin if scorer is not None else None, rest=rest,
         )  # fmt: skip
     else:
         answers = encode_answers(train, tokenizer, cfg)
         source = Recorded(train, encoded, answers, publish, prompts=cfg.batch.prompts, seed=cfg.seed)
-    recorded_heldout = None
-    if not sampled and heldout:
-        recorded_heldout = Recorded(
-            heldout, encoded_heldout, encode_answers(heldout, tokenizer, cfg), _nothing, prompts=len(heldout), seed=0
-        )
+    recorded_heldout = None if sampled else recorded_rows(heldout, encoded_heldout, tokenizer, cfg)
 
     checks = make_gates(cfg, sampler)
     build = Builder(cfg.allow_targets)
@@ -133,11 +134,21 @@ def make_run(cfg: Any, comm: Comm, record: Any, folder: Path | None = None) -> t
         probe=probe,
         heldout=heldout,
         encoded_heldout=encoded_heldout,
+        player=make_player(cfg, environment, sampler),
         recorded_heldout=recorded_heldout,
         gates=checks,
         state=state,
         prepass=prepass,
     )
+
+
+def recorded_rows(
+    heldout: Sequence[Record], encoded: Sequence[Sequence[int]], tokenizer: Any, cfg: Any
+) -> Recorded | None:
+    """Held-out responses, which losses are evaluated on."""
+    if not heldout:
+        return None
+    return Recorded(heldout, encoded, encode_answers(heldout, tokenizer, cfg), _nothing, prompts=len(heldout), seed=0)
 
 
 def make_actor(cfg: Any, heads: Mapping[str, nn.Module], plan: Plan, comm: Comm) -> nn.Module:
@@ -167,6 +178,16 @@ def make_sampler(
     if cfg.rollout.mask.model and read_only:
         readers.mask_sampler(cfg, sampler, read_only, tokenizer)
     return sampler, publish
+
+
+def make_player(cfg: Any, environment: Any, sampler: Any) -> Player | None:
+    """What plays dialogues with an environment; None without one."""
+    if environment is None or sampler is None:
+        return None
+    s, rows = cfg.environment, cfg.environment["rows"]
+    if rows == "episode":
+        check_dialogue(sampler.tokenizer, cfg.dataset.chat)
+    return Player(environment, sampler, cfg.dataset.chat, rows, s["turns"], cfg.dataset.max_prompt_tokens)
 
 
 def make_gates(cfg: Any, sampler: Sampler | None) -> gates.Gates:
@@ -222,9 +243,10 @@ def require_references(scorer: Any, records: Sequence[Record]) -> None:
             check_references(records, f"reward={name}")
 
 
-def encode(records: Sequence[Record], tokenizer: Any, cfg: Any) -> list[list[int]]:
-    """Prompt ids of every record; too long ones are refused by file and line."""
-    ids = [render(r.messages, tokenizer, cfg.dataset.chat) for r in records]
+def encode(records: Sequence[Record], tokenizer: Any, cfg: Any, environment: Any = None) -> list[list[int]]:
+    """Prompt ids of every record, as its environment opens it; too long ones are refused by file and line."""
+    opened = [r.messages if environment is None else environment.reset(r, 0).messages for r in records]
+    ids = [render(messages, tokenizer, cfg.dataset.chat) for messages in opened]
     check_lengths(records, [len(x) for x in ids], cfg.dataset.max_prompt_tokens)
     return ids
 

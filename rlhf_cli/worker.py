@@ -225,6 +225,7 @@ class Session:
                     decoding_of(cfg, temperature=0.0),
                     k=1,
                     seed=cfg.seed,
+                    player=p.player,
                 )
                 if self.lead:
                     evaluate.write_rows(self.rundir.path / f"heldout-{step:06d}.jsonl", rows)

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from rlhf_cli import catalog
 from rlhf_cli.compose import compose
 from rlhf_cli.config import Root, build, check_node
+from rlhf_cli.environments.section import OWN
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.override import inherit, override
 from rlhf_cli.plan import validate
@@ -26,8 +27,9 @@ NEEDS_PATH = {
     "rlhf_cli.rewards.python.Python",
     "rlhf_cli.rewards.perplexity.Perplexity",
 }
+JUDGED = ("judge", "judge_anchor", "judge_listwise", "judge_pairwise", "judge_pivot", "mpo", "pair_verdict")
 REQUIRED = {
-    **dict.fromkeys(("judge", "judge_anchor", "judge_listwise", "judge_pairwise"), "judge.backend=rule"),
+    **dict.fromkeys(JUDGED, "judge.backend=rule"),
     "co_reward": "dataset=rephrased",
     "model": "reward.model.path=RUN",
     "python": "reward.python.path=mine.py:score",
@@ -37,7 +39,9 @@ REQUIRED = {
 }
 
 
+JUDGING = ("mpo", "pairwise_rl", "rewardanything", "stable_reinforce", "writing_zero")
 FITTING = {
+    **{("experiment", name): ["judge.backend=rule"] for name in JUDGING},
     ("experiment", "rto"): ["frozen.dpo.path=RUN", "reward.model.path=RUN"],
     ("experiment", "salsa"): ["model.soup.path=RUN"],
     ("shaping", "implicit_dpo"): ["algo=ppo", "frozen.dpo.path=RUN"],
@@ -52,6 +56,21 @@ def nodes(section: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield key, section
         for name, inner in section.items():
             yield from nodes(inner, f"{key}.{name}".lstrip("."))
+
+
+GAME = ["reward=environment", "environment=guess_number"]
+TALKS = {  # options that need the other party of a dialogue
+    ("environment", "none"): ["environment=none", "reward=length"],
+    ("environment", "calculator"): ["environment=calculator", "dataset=rephrased", "reward=environment"],
+    ("environment", "guess_number"): GAME,
+    **{
+        ("environment", name): [f"environment={name}", "dataset=profiles", "reward=environment", "judge.backend=rule"]
+        for name in ("scripted_user", "simulated_user", "simulated_user_dialogue")
+    },
+    **{("experiment", name): [f"experiment={name}", "judge.backend=rule"] for name in ("rlpa", "rlpa_dialogue", "oni")},
+    ("reward", "environment"): GAME,
+    ("shaping", "turns"): ["shaping=turns", "credit=group_norm_to_go", *GAME],
+}  # fmt: skip
 
 
 def words_of(group: str, name: str) -> list[str]:
@@ -132,7 +151,12 @@ def term_words(group: str, name: str) -> list[str]:
 
 
 def option_node(group: str, name: str) -> dict[str, Any]:
-    text = catalog.groups()[group][name].path.read_text().replace("${rollout.max_tokens}", "64")
+    text = (
+        catalog.groups()[group][name]
+        .path.read_text()
+        .replace("${rollout.max_tokens}", "64")
+        .replace("${reward.environment.weight}", "1.0")
+    )
     return OmegaConf.to_container(OmegaConf.create(text))  # type: ignore[return-value]
 
 
@@ -140,17 +164,19 @@ def option_node(group: str, name: str) -> dict[str, Any]:
 def test_every_option_composes_builds_and_plans(group: str, name: str) -> None:
     if (group, name) == ("dataset", "thumbs"):
         pytest.skip("no shipped recipe takes thumbs up and down yet")
-    cfg = compose("train", words_of(group, name), None)
+    cfg = compose("train", TALKS.get((group, name)) or words_of(group, name), None)
     if group not in ("algo", "debug", "objective", "reduce"):
         assert name in str(cfg.names[group])
     plain = OmegaConf.to_container(cfg, resolve=True)
     found = list(nodes(plain, ""))
     assert found
     for key, node in found:
-        kept = RESERVED if key.startswith("reward.") else RULE_RESERVED if key == "combine" else ()
+        own = {"combine": RULE_RESERVED, "environment": OWN}
+        kept = RESERVED if key.startswith("reward.") else own.get(key, ())
         check_node(node, key, reserved=kept)
         if node["_target_"] not in NEEDS_PATH and not key.startswith("tracker."):
-            assert callable(build(node, key, reserved=kept)), key
+            made: Any = build(node, key, reserved=kept)
+            assert callable(made) or hasattr(made, "reset"), key
     plan = validate(cfg)
     assert plan.stages and plan.learners
     if group in ("credit", "combine", "reward", "shaping", "objective", "reduce") and name != "none":

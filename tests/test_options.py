@@ -27,7 +27,7 @@ each_option = pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.n
 
 def nodes(path: Path) -> list[dict[str, Any]]:
     """The option's targets; shapers lie under their name, so that several compose."""
-    text = path.read_text().replace("${rollout.max_tokens}", "64")
+    text = path.read_text().replace("${rollout.max_tokens}", "64").replace("${reward.environment.weight}", "1.0")
     option = yaml.safe_load(text) or {}
     if path.parent.name != "shaping":
         return [option] if option else []

@@ -53,6 +53,7 @@ def rows_of(exp: Experience, limit: int) -> list[dict[str, Any]]:
         {"row": i, "uid": s.uid}
         | {k: v[i] for k, v in there.items()}
         | {"components": {k: v[i] for k, v in parts.items()}, "prompt": s.prompt, "response": s.response}
+        | ({"turns": s.meta["turns"]} if "turns" in s.meta else {})
         for i, s in enumerate(exp.samples[:limit])
     ]
 

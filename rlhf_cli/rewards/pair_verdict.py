@@ -13,7 +13,9 @@ from rlhf_cli.rewards.judge import Asking, reading
 from rlhf_cli.rewards.per_sample import Row
 from rlhf_cli.types import Sample
 
-FORM = re.compile(r"\s*<think>(?P<thought>.*?)</think>\s*<answer>\s*(?P<answer>[12])\s*</answer>\s*", re.S)
+FORM = re.compile(
+    r"\s*<think>(?P<thought>(?:(?!</?think>|</?answer>).)*)</think>\s*<answer>\s*(?P<answer>[12])\s*</answer>\s*", re.S
+)
 LAST = 3  # lines of the reasons that the judge sees
 TASK = "Below are the last lines of somebody's reasons for preferring one of two responses, and the response that he then named."
 REPLY = 'Reply with one JSON object and nothing else: {"agree": "yes" if the reasons lead to that response, otherwise "no"}.'

@@ -7,6 +7,7 @@ from rlhf_cli.shaping.kl import sequence_kl, token_kl, token_kl_full
 from rlhf_cli.shaping.reference import centered, lsc, par, sgfc, squash
 from rlhf_cli.shaping.running import MinMax, RunningClip, RunningNorm
 from rlhf_cli.shaping.score import ceil, clip, length_penalty, missing_eos, overlong, relative_length, scale, whiten
+from rlhf_cli.shaping.turns import by_turn
 
 __all__ = [
     "AdaptiveFullKL",
@@ -15,6 +16,7 @@ __all__ = [
     "MinMax",
     "RunningClip",
     "RunningNorm",
+    "by_turn",
     "ceil",
     "centered",
     "clip",

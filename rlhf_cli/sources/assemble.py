@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,12 @@ from torch import Tensor
 
 from rlhf_cli.data.record import Record
 from rlhf_cli.types import Experience, Sample
+
+
+def row_seed(*parts: int) -> int:
+    """A 63-bit seed from integers; rows with different parts are independent, whatever batch they are drawn in."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 def sample_of(record: Record, response: str) -> Sample:

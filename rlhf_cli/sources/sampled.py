@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -13,16 +12,12 @@ from rlhf_cli.data.record import Record, check_links, units
 from rlhf_cli.engine.comm import Comm
 from rlhf_cli.rollout.masking import aligned
 from rlhf_cli.rollout.sampler import Decoding, Sampler
-from rlhf_cli.sources.assemble import Order, align, rows, sample_of, texts_of
+from rlhf_cli.sources.assemble import Order, align, row_seed, rows, sample_of, texts_of
 from rlhf_cli.types import Experience, Sample
 
+__all__ = ["Drawn", "Sampled", "draw", "early", "row_seed"]
+
 Done = Callable[[int, list[list[int]]], None]
-
-
-def row_seed(*parts: int) -> int:
-    """A 63-bit seed from integers; rows with different parts are independent, whatever batch they are drawn in."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 class Sampled:

@@ -127,21 +127,13 @@ RIGHT = "<think>The first names the city.\nSo it is better.</think><answer>1</an
         ("<answer>1</answer>", "yes", 0.0),
         ("1", "yes", 0.0),
         (RIGHT.replace(">1<", ">3<"), "yes", 0.0),
-        (RIGHT + RIGHT, "yes", 2.0),
+        (RIGHT + RIGHT, "yes", 0.0),  # one verdict, not two
     ],
 )
 def test_the_table_of_values(text: str, agrees: str, value: float) -> None:
     reward = PairVerdict(disagreement=-1)
     reward.connect(by(Fake(lambda ask: reply(agree=agrees))))
-    if text == RIGHT + RIGHT:
-        value = 0.0 if not _one(text) else value
     assert only(text, {"better": 1}, reward).value.tolist() == [value]
-
-
-def _one(text: str) -> bool:
-    from rlhf_cli.rewards.pair_verdict import FORM
-
-    return FORM.fullmatch(text) is not None
 
 
 def test_disagreement_may_cost_nothing_and_only_right_verdicts_are_checked() -> None:
