@@ -30,13 +30,13 @@ def table(env: Env, measure: Callable[[Row, Env], Law]) -> str:
     """The recipes that were tried on one problem."""
     lines = [
         f"### {env.name.capitalize()}\n\n",
-        "| method | ends at | predicted | measured | distance |\n",
+        "| method | ends at | predicted | measured | distance, allowed |\n",
         "|---|---|---|---|---|\n",
     ]
     for row in rows():
         if env in row.envs:
             found, law = measure(row, env), row.predicted(env)
-            lines.append(f"{start(row, law)} {shown(found)} | {distance(found, law):.4f} |\n")
+            lines.append(f"{start(row, law)} {shown(found)} | {distance(found, law):.4f} of {row.tolerance:g} |\n")
     return "".join(lines)
 
 

@@ -258,8 +258,12 @@ def test_extending_the_package_works_as_written(tmp_path: Path) -> None:
         elif block.kind == "new":
             (tmp_path / block.what).write_text(block.body, encoding="utf-8")
     names = tmp_path / "rlhf_cli" / "objectives" / "__init__.py"
-    text = names.read_text(encoding="utf-8").replace("policy import (", "policy import (\n    cispo,", 1)
-    names.write_text(text.replace('    "clipped_value"', '    "cispo",\n    "clipped_value"', 1), encoding="utf-8")
+    text = names.read_text(encoding="utf-8").replace(
+        "    sequence_ratio_clip,", "    sapo,\n    sequence_ratio_clip,", 1
+    )
+    names.write_text(
+        text.replace('    "sequence_ratio_clip"', '    "sapo",\n    "sequence_ratio_clip"', 1), encoding="utf-8"
+    )
 
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
 
@@ -268,7 +272,7 @@ def test_extending_the_package_works_as_written(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
     new = [
-        "tests/objectives/test_cispo.py",
+        "tests/objectives/test_sapo.py",
         "tests/rewards/test_overlap.py",
         "tests/test_common.py",
         "tests/test_options.py",

@@ -242,6 +242,36 @@ def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
 
 
 @rowwise
+def kl_k3_straight(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """The value of k3 with the gradient of k2, k2 - sg(k2) + sg(k3), [N, T]: unbiased in value and towards KL(pi || ref).
+
+    See Tang and Munos, "On a few pitfalls in KL divergence gradient estimation for RL", arXiv:2506.09477; verl's "k3+".
+
+    Args:
+        logp: log-probabilities of the policy, [N, T] nats
+        ref_logp: the same under the reference, [N, T] nats
+    """
+    d = logp - ref_logp
+    k2 = estimate(d, "k2")
+    return k2 - k2.detach() + estimate(d, "k3").detach()
+
+
+@rowwise
+def kl_k3_corrected(logp: Tensor, old_logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """k3 times the importance ratio, r (exp(-d) - 1 + d) with d = logp - ref_logp, [N, T]: its gradient is that of KL(pi || ref).
+
+    See DeepSeek-AI, "DeepSeek-V3.2: Pushing the Frontier of Open Large Language Models", arXiv:2512.02556, section 3.1;
+    TRL's use_bias_correction_kl. Unbiased off-policy too, in value and gradient.
+
+    Args:
+        logp: log-probabilities of the policy, [N, T] nats
+        old_logp: the same at the start of the step, [N, T] nats
+        ref_logp: the same under the reference, [N, T] nats
+    """
+    return bounded_exp(logp - old_logp) * estimate(logp - ref_logp, "k3")
+
+
+@rowwise
 def kl_old(logp: Tensor, old_logp: Tensor) -> Tensor:
     """Trust region: k3 = exp(-d) - 1 + d, d = logp - old_logp, [N, T]: a penalty on leaving the policy of the step's start.
 

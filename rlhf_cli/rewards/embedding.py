@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_cli.errors import ConfigError
-from rlhf_cli.rewards.encoder import by_length, device_of, folder_of, load_encoder, mean_pool
+from rlhf_cli.rewards.encoder import device_of, folder_of, load_encoder, mean_pool, padded, shapes
 from rlhf_cli.rewards.per_sample import Row, references_of, scored
 from rlhf_cli.types import Sample, Scores
 
@@ -44,7 +44,7 @@ class Embedding:
         to: what the response is compared with: prompt, references or both (the mean of the two)
         references: of several references, the best one counts, or their mean
         similarity: cosine, or dot (as contriever was trained)
-        batch_size: texts per forward
+        batch_size: texts per forward, filled up: a text's numbers do not depend on its company
         max_tokens: longest text, tokens
         device: auto takes the accelerator where there is one
         dtype: precision of weights and forward
@@ -111,12 +111,17 @@ class Embedding:
         """[N, H] float32 vectors, of length 1 for cosine."""
         self.load()
         found = torch.zeros(len(texts), self.model.config.hidden_size)
-        for rows in by_length(texts, self.batch_size):
-            found[rows] = self._forward([texts[i] for i in rows])
+        if not texts:
+            return found
+        ids = self.tokenizer(list(texts), truncation=True, max_length=self.max_tokens)["input_ids"]
+        for rows, width in shapes([len(x) for x in ids], self.batch_size, self.max_tokens):
+            batch = padded([ids[i] for i in rows], self.batch_size, width, self.tokenizer.pad_token_id)
+            found[rows] = self._forward(*batch)[: len(rows)]
         return found
 
-    def _forward(self, texts: list[str]) -> Tensor:
-        cut = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
-        hidden = self.model(**cut.to(self.device)).last_hidden_state
-        pooled = mean_pool(hidden, cut["attention_mask"]).float().cpu()
+    def _forward(self, ids: Tensor, attention: Tensor) -> Tensor:
+        ids, attention = ids.to(self.device), attention.to(self.device)
+        pooled = (
+            mean_pool(self.model(input_ids=ids, attention_mask=attention).last_hidden_state, attention).float().cpu()
+        )
         return torch.nn.functional.normalize(pooled, dim=-1) if self.cosine else pooled

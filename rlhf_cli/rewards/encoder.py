@@ -65,7 +65,21 @@ def mean_pool(hidden: Tensor, attention: Tensor) -> Tensor:
     return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
-def by_length(texts: Sequence[str], size: int) -> list[list[int]]:
-    """Batches of indices of texts of like length, for little padding; a function of the texts alone."""
-    order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), texts[i]))
-    return [order[i : i + size] for i in range(0, len(order), size)]
+def shapes(lengths: Sequence[int], size: int, longest: int) -> list[tuple[list[int], int]]:
+    """(indices, padded length) of batches whose shape follows from a text's own length alone: `size` rows, padded to a multiple of 32
+    (at most to `longest`).
+
+    Kernels change a row's last bits with the shape of its batch, so that otherwise a score would depend on its company, and with
+    it on the number of processes. Missing rows of a last batch must be filled up.
+    """
+    buckets: dict[int, list[int]] = {}
+    for i, n in enumerate(lengths):
+        buckets.setdefault(min(-(-max(n, 1) // 32) * 32, longest), []).append(i)
+    return [(rows[i : i + size], width) for width, rows in sorted(buckets.items()) for i in range(0, len(rows), size)]
+
+
+def padded(rows: Sequence[Sequence[int]], size: int, width: int, pad: int) -> tuple[Tensor, Tensor]:
+    """(ids, attention), int64 [size, width], padded on the right; rows that are missing repeat the first."""
+    filled = [*rows, *[rows[0]] * (size - len(rows))]
+    ids = torch.tensor([[*r, *[pad] * (width - len(r))] for r in filled])
+    return ids, (torch.arange(width) < torch.tensor([len(r) for r in filled])[:, None]).long()

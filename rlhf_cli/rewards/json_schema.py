@@ -33,7 +33,7 @@ class JsonSchema:
 
     def __init__(self, *, schema: Any, graded: bool, extract: Literal["whole", "fenced"]) -> None:
         """Args:
-        schema: a JSON file, or the schema itself
+        schema: a JSON file, the schema itself, or the word object for any JSON object
         graded: half the share of required keys for JSON that is not valid; off, such JSON scores 0
         extract: whole (the response is JSON) or fenced (the last ``` block, where there is one)
         """
@@ -96,6 +96,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _read(schema: Any) -> Any:
     if isinstance(schema, Mapping) and schema:
         return dict(schema)
+    if schema == "object":
+        return {"type": "object"}
     if not isinstance(schema, str) or not schema:
         raise ConfigError(
             "reward.json_schema.schema is empty; type reward.json_schema.schema=FILE.json, or the schema itself"

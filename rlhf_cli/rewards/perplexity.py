@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_cli.data.text import render, response_ids
 from rlhf_cli.errors import ConfigError
-from rlhf_cli.rewards.encoder import device_of
+from rlhf_cli.rewards.encoder import device_of, padded, shapes
 from rlhf_cli.rewards.per_sample import Row, scored
 from rlhf_cli.types import Sample, Scores
 
@@ -42,7 +42,7 @@ class Perplexity:
         path: a Hugging Face folder, a run or a Hub id of a language model
         conditional: given the prompt through the chat template; off, the text by itself
         end_token: the token that ends the turn counts too
-        batch_size: responses per forward
+        batch_size: responses per forward, filled up: a response's number does not depend on its company
         max_tokens: longest input, tokens
         device: auto takes the accelerator where there is one
         dtype: precision of weights and forward
@@ -74,13 +74,20 @@ class Perplexity:
     def __call__(self, samples: Sequence[Sample], group: Tensor) -> Scores:
         self.load()
         ids = [self._ids(s) for s in samples]
-        fits = sorted((i for i, x in enumerate(ids) if x is not None), key=lambda i: sum(map(len, ids[i] or ())))
+        fits = [i for i, x in enumerate(ids) if x is not None]
+        found = self._score([x for x in ids if x is not None])
         values: list[float | None] = [None] * len(samples)
-        for start in range(0, len(fits), self.batch_size):
-            rows = fits[start : start + self.batch_size]
-            for i, value in zip(rows, self._forward([ids[i] for i in rows]), strict=True):  # type: ignore[misc]
-                values[i] = value
+        for i, value in zip(fits, found, strict=True):
+            values[i] = value
         return scored(Row(v, reason=f"it is longer than {self.max_tokens} tokens" if v is None else "") for v in values)
+
+    def _score(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[float]:
+        """Mean log-probability of each row's second part, given its first."""
+        found = [0.0] * len(rows)
+        for index, width in shapes([len(a) + len(b) for a, b in rows], self.batch_size, self.max_tokens):
+            for i, value in zip(index, self._forward([rows[i] for i in index], width), strict=True):
+                found[i] = value
+        return found
 
     def _ids(self, sample: Sample) -> tuple[list[int], list[int]] | None:
         """(context, scored tokens); None where the response alone is too long."""
@@ -93,13 +100,11 @@ class Perplexity:
         room = self.max_tokens - len(tail)
         return (head[max(0, len(head) - room) :], tail) if room > 0 else None
 
-    def _forward(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[float]:
-        """Mean log-probability of each row's second part, given its first."""
-        lengths = torch.tensor([len(a) + len(b) for a, b in rows])
-        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(a + b) for a, b in rows], batch_first=True)  # [N, T]
-        attention = torch.arange(ids.shape[1]) < lengths[:, None]
+    def _forward(self, rows: Sequence[tuple[list[int], list[int]]], width: int) -> list[float]:
+        pad = self.tokenizer.pad_token_id or 0
+        ids, attention = padded([a + b for a, b in rows], self.batch_size, width, pad)
         logits = self.model(
-            input_ids=ids.to(self.device), attention_mask=attention.long().to(self.device), use_cache=False
+            input_ids=ids.to(self.device), attention_mask=attention.to(self.device), use_cache=False
         ).logits  # [N, T, V]
         values = []
         for i, (a, b) in enumerate(rows):

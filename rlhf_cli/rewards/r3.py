@@ -54,7 +54,7 @@ class R3:
                 f"reward.r3: per={per}, cap={cap}, closed_range={list(closed_range)}, open_range={list(open_range)} are not "
                 "allowed; per and cap start at 1, ranges are two numbers, e.g. closed_range=[0.0,1.0]"
             )
-        settings = {"to": "both", "references": "best", "similarity": similarity, "batch_size": 32, "max_tokens": 256}
+        settings = {"to": "both", "references": "best", "similarity": similarity, "batch_size": 16, "max_tokens": 256}
         self.encoder = Embedding(path=path, device="auto", dtype="fp32", **settings)  # type: ignore[arg-type]
         self.per, self.cap, self.closed_words = per, cap, closed_words
         self.closed_range, self.open_range = tuple(closed_range), tuple(open_range)

@@ -51,7 +51,8 @@ def run(connection: sqlite3.Connection, query: str, limits: Limits) -> Result:
 
     connection.set_progress_handler(stop, EVERY)
     try:
-        rows = connection.execute(query).fetchmany(limits.rows + 1)
+        cursor = connection.execute(query)
+        rows = cursor.fetchmany(limits.rows + 1)
     except sqlite3.OperationalError as e:
         why = f"it takes over {limits.instructions} instructions" if left < 0 and not late else str(e)
         return Result([], f"it takes over {limits.seconds:g} s" if late else why, late)
@@ -59,6 +60,8 @@ def run(connection: sqlite3.Connection, query: str, limits: Limits) -> Result:
         return Result([], str(e) or type(e).__name__)
     finally:
         connection.set_progress_handler(None, 0)
+    if cursor.description is None:  # an empty text, or a comment
+        return Result([], "it is no query")
     return Result(rows) if len(rows) <= limits.rows else Result([], f"it returns over {limits.rows} rows")
 
 

@@ -56,7 +56,7 @@ class Row:
 
 COMMON = (
     "model=tiny_random", "dataset=quickstart", "reward=length", "tracker=none", "hardware.device=cpu", "hardware.precision=fp32",
-    "rollout.temperature=1", "rollout.max_tokens=2", "optim.schedule=linear", "batch.samples=2",
+    "rollout.temperature=1", "rollout.max_tokens=3", "optim.schedule=linear", "batch.samples=2",
 )  # fmt: skip
 
 

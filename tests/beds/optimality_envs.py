@@ -45,10 +45,16 @@ TWO_TOKENS = Env(
     {"": (0.7, 0.3), "0": (0.4, 0.6), "1": (0.9, 0.1)},
     {"00": 0.0, "01": 2.0, "10": 3.0, "11": -1.0},
 )
-LENGTHS = Env(  # token 0 ends a response at once, token 1 goes on: lengths 1, 2, 2
+LENGTHS = Env(  # token 0 ends a response, token 1 goes on: lengths 1, 2, 2
     "two lengths",
     {"": (0.5, 0.5), "1": (0.6, 0.4)},
     {"0": 1.0, "10": 1.4, "11": 0.2},
+)
+SEVERAL = Env(  # token 0 ends a response, token 1 goes on; the policy has one probability of both for every place
+    "several lengths",
+    {"": (0.5, 0.5)},
+    {"0": 1.0, "10": 0.0, "110": 0.5, "111": 2.0},
+    memoryless=True,
 )
 
 
@@ -61,14 +67,33 @@ def distance(a: Law, b: Law) -> float:
 
 
 def optimum(beta: float) -> Callable[[Env], Law]:
-    """argmax of E[r] - beta KL(pi || ref) over whole responses: ref exp(r / beta) / Z."""
+    """argmax of E[r] - beta KL(pi || ref) over whole responses: ref exp(r / beta) / Z, or the best that the policy can be."""
 
     def law(env: Env) -> Law:
+        if env.memoryless and len({len(y) for y in env.reward}) > 1:
+            return _best_memoryless(env, beta)
         tilted = {y: p * float(np.exp(env.reward[y] / beta)) for y, p in env.law(env.start).items()}
         z = sum(tilted.values())
         return {y: p / z for y, p in tilted.items()}
 
     return law
+
+
+def _best_memoryless(env: Env, beta: float) -> Law:
+    """The tilted law needs probabilities that depend on the place; the best law with one probability, by search."""
+    reference = env.law(env.start)
+
+    def gain(p: float) -> float:
+        law = env.law({"": np.array([1 - p, p])})
+        return sum(x * (env.reward[y] - beta * np.log(x / reference[y])) for y, x in law.items())
+
+    low, high = 0.0, 1.0
+    for _ in range(8):  # a grid, ever finer about its best point
+        grid = np.linspace(low, high, 203)[1:-1]
+        at = int(np.argmax([gain(float(p)) for p in grid]))
+        low, high = float(grid[max(at - 1, 0)]), float(grid[min(at + 1, len(grid) - 1)])
+    middle = (low + high) / 2
+    return env.law({"": np.array([1 - middle, middle])})
 
 
 def best(env: Env) -> Law:
@@ -150,21 +175,38 @@ def stationary(rule: Rule, *, steps: int = 4000, lr: float = 0.2) -> Callable[[E
     def law(env: Env) -> Law:
         policy = env.start
         for _ in range(steps):
-            drift = _drift(env, rule, policy)
-            visits = _visits(env, policy)
-            size = 0.0
-            for c, g in drift.items():
-                step = lr * g / np.maximum(visits[c] * policy[c], 1e-300)
-                size = max(size, float(np.abs(step).max()))
-                moved = policy[c] * np.exp(np.clip(step, -0.5, 0.5))
-                policy[c] = moved / moved.sum()
+            size = _follow(env, rule, policy, lr)
             if size < 1e-11:
-                break
-        else:
-            raise AssertionError(f"no stationary point after {steps} steps: still moving by {size:.1e}")
-        return env.law(policy)
+                return env.law(policy)
+        raise AssertionError(f"no stationary point after {steps} steps: still moving by {size:.1e}")
 
     return law
+
+
+def corner(rule: Rule, *, steps: int = 400, lr: float = 0.2) -> Callable[[Env], Law]:
+    """The one response to which the expected update of `rule` leads from the reference."""
+
+    def law(env: Env) -> Law:
+        policy = env.start
+        for _ in range(steps):
+            _follow(env, rule, policy, lr)
+        end = env.law(policy)
+        top = max(end, key=lambda y: end[y])
+        assert end[top] > 0.999, f"it ends at no single response: {end}"
+        return {y: float(y == top) for y in end}
+
+    return law
+
+
+def _follow(env: Env, rule: Rule, policy: Policy, lr: float) -> float:
+    """Move `policy` along the expected update; the largest change of a log-probability."""
+    visits, size = _visits(env, policy), 0.0
+    for c, g in _drift(env, rule, policy).items():
+        step = lr * g / np.maximum(visits[c] * policy[c], 1e-300)
+        size = max(size, float(np.abs(step).max()))
+        moved = policy[c] * np.exp(np.clip(step, -0.5, 0.5))
+        policy[c] = moved / moved.sum()
+    return size
 
 
 def _visits(env: Env, policy: Policy) -> dict[str, float]:

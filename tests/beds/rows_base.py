@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from optimality_bed import Row
+from dataclasses import replace
+from functools import partial
+
+from optimality_bed import Row as AnyRow
 from optimality_envs import (
-    LENGTHS,
     MANY_UPDATES,
     MEMORYLESS,
+    SEVERAL,
     TWO_TOKENS,
+    Env,
     Rule,
     best,
     centred,
     centred_then_whitened,
+    corner,
     k2_slope,
     k3_slope,
     leave_one_out,
@@ -23,18 +28,33 @@ from optimality_envs import (
     varied,
 )
 
+Row = partial(AnyRow, tolerance=0.002)
+STANDARD = standardised(1e-4)
 OPTIMUM = "the optimum of E[r] - beta KL(pi, ref)"
 BEST = "the best response alone: nothing holds it back"
-ALL = (MEMORYLESS, TWO_TOKENS, LENGTHS)
+SHORT = "the short response of less reward: 1 / length and 1 / std together favour it"
+ALL = (MEMORYLESS, TWO_TOKENS, SEVERAL)
 ONE = "batch.samples=1"
+SUM = "reduce@updates.policy.surrogate.reduce=sequence_sum"
 GRPO_SUM = (
     "algo=grpo",
-    "reduce@updates.policy.surrogate.reduce=sequence_sum",
+    SUM,
     "reduce@updates.policy.kl.reduce=sequence_sum",
 )
 K1, K2 = (f"objective@updates.policy.kl.objective=kl_{k}" for k in ("k1", "k2"))
 FAR = ("batch.epochs=300", "reduce@updates.policy.surrogate.reduce=sequence_sum", "credit=group_mean", "shaping=none")
 
+
+def held(algo: str, reduce: str, rule: Rule, says: str, envs: tuple[Env, ...]) -> AnyRow:
+    """A recipe without a KL, given one: k2 in the loss with the recipe's own weights, so that its end tells its advantage and weights."""
+    term = "updates.policy.hold"
+    words = (
+        f"algo={algo}", f"+objective@{term}.objective=kl_k2", f"+reduce@{term}.reduce={reduce}", f"{term}.coef=1", "batch.minibatches=1"
+    )  # fmt: skip
+    return Row(f"{algo} with k2", words, stationary(replace(rule, beta=1.0, kl=k2_slope)), says, envs)
+
+
+LESS = (TWO_TOKENS, SEVERAL)
 ROWS = [
     Row("reinforce", ("algo=reinforce", "shaping.sequence_kl.beta=1"), optimum(1.0), OPTIMUM, ALL),
     Row(
@@ -68,9 +88,23 @@ ROWS = [
     ),
     Row("dr_grpo", ("algo=dr_grpo",), best, BEST, ALL, lr=1.0),
     Row("dapo", ("algo=dapo",), best, BEST, ALL),
-    Row("gspo", ("algo=gspo", "batch.minibatches=1"), best, BEST, ALL),
+    Row("gspo", ("algo=gspo", "batch.minibatches=1"), best, BEST),
+    Row("gspo", ("algo=gspo", "batch.minibatches=1"), corner(Rule(2, STANDARD, weight=per_token)), SHORT, (SEVERAL,)),
+    Row("grpo without KL", ("algo=grpo", "updates.policy.kl=null"), best, BEST),
+    Row(
+        "grpo without KL",
+        ("algo=grpo", "updates.policy.kl=null"),
+        corner(Rule(2, STANDARD, weight=per_token)),
+        SHORT,
+        (SEVERAL,),
+    ),
     Row("gspo_token", ("algo=gspo_token", "batch.minibatches=1"), best, BEST),
-    Row("cispo", ("algo=cispo",), best, BEST),
+    Row("cispo", ("algo=cispo",), best, BEST, ALL, steps=300),
+    held("dr_grpo", "constant_length", Rule(2, centred), "as with beta K / (K - 1)", LESS),
+    held("dapo", "token_mean", Rule(2, STANDARD, keep=varied), "KL counts in groups that differ only", (TWO_TOKENS,)),
+    held("gspo", "sequence_mean", Rule(2, STANDARD, weight=per_token), "GRPO's advantage, 1 / length", LESS),
+    held("gspo_token", "sequence_mean", Rule(2, STANDARD, weight=per_token), "where gspo ends", LESS),
+    held("cispo", "token_mean", Rule(2, STANDARD), "GRPO's advantage, every token weighs alike", LESS),
     # -- what a choice does ---------------------------------------------------------------------------------------------
     Row(
         "k1 in the loss",
@@ -82,7 +116,7 @@ ROWS = [
         "k2 in the loss",
         (*GRPO_SUM, K2, "updates.policy.kl.coef=1", "credit=leave_one_out"),
         stationary(Rule(2, leave_one_out, beta=1.0, kl=k2_slope)),
-        "the optimum where tokens do not depend on each other; else a token is not charged for the KL of those after it",
+        "the optimum if no token affects later ones; else none is charged for the KL of those after it",
         ALL,
     ),
     Row(
@@ -90,6 +124,35 @@ ROWS = [
         (*GRPO_SUM, "updates.policy.kl.coef=1", "credit=leave_one_out"),
         stationary(Rule(2, leave_one_out, beta=1.0, kl=k3_slope)),
         "E[A grad log pi] = beta grad KL(ref, pi): the other direction of KL",
+    ),
+    *(
+        Row(
+            f"{name} in the loss",
+            (
+                *GRPO_SUM,
+                f"objective@updates.policy.kl.objective={option}",
+                "updates.policy.kl.coef=1",
+                "credit=leave_one_out",
+            ),
+            stationary(Rule(2, leave_one_out, beta=1.0, kl=k2_slope)),
+            "where k2 ends",
+            (TWO_TOKENS,),
+        )
+        for name, option in (("k3 with k2's gradient", "kl_k3_straight"), ("k3 times the ratio", "kl_k3_corrected"))
+    ),
+    Row(
+        "KL in the reward, not summed",
+        ("algo=grpo", SUM, "updates.policy.kl=null", "shaping=kl", "shaping.kl.beta=1", "credit=group_mean_at_token"),
+        stationary(Rule(2, centred, beta=1.0, kl=k2_slope)),
+        "where group mean, k2 ends",
+        (TWO_TOKENS,),
+    ),
+    Row(
+        "KL in the reward, summed",
+        ("algo=grpo", SUM, "updates.policy.kl=null", "shaping=kl", "shaping.kl.beta=1", "credit=group_mean_to_go"),
+        optimum(2.0),
+        "the optimum of beta K / (K - 1): the mean of the score contains the row itself, the penalty does not",
+        (TWO_TOKENS,),
     ),
     Row(
         "group mean, k2",
@@ -101,8 +164,8 @@ ROWS = [
         "mean per response, k2",
         ("algo=grpo", K2, "updates.policy.kl.coef=1", "credit=leave_one_out"),
         stationary(Rule(2, leave_one_out, weight=per_token, beta=1.0, kl=k2_slope)),
-        "each response weighs 1 / length: not the optimum where lengths differ",
-        (LENGTHS,),
+        "1 / length: not where k2 alone ends",
+        (SEVERAL,),
     ),
     Row(
         "one rollout, clip 0.2",

@@ -13,6 +13,7 @@ from rlhf_cli.credit import (
     batch_mean,
     greedy_baseline,
     group_norm,
+    group_norm_at_token,
     group_norm_to_go,
     group_whitened,
     leave_one_out,
@@ -120,6 +121,16 @@ def test_to_go_adds_the_penalty_after_the_baseline() -> None:
         score, penalty + at_end(score, mask), mask, torch.tensor([3, 3]), scale="none", ddof=1, eps=0.0
     )
     assert torch.allclose(made.advantage, torch.tensor([[-0.1, 0.0, 0.2], [-0.5, -0.5, -0.5]]), atol=1e-6)
+
+
+def test_at_token_adds_each_token_s_own_penalty() -> None:
+    # the same numbers, not summed
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    score = torch.tensor([1.0, 0.0])
+    penalty = torch.tensor([[-0.1, -0.2, -0.3], [0.0, 0.0, 9.0]])
+    reward = penalty + at_end(score, mask)
+    made = group_norm_at_token(score, reward, mask, torch.tensor([3, 3]), scale="none", ddof=1, eps=0.0)
+    assert torch.allclose(made.advantage, torch.tensor([[0.4, 0.3, 0.2], [-0.5, -0.5, 0.0]]), atol=1e-6)
 
 
 def test_to_go_without_penalty_is_group_norm() -> None:

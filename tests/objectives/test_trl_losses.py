@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from rlhf_cli.engine.step import term_losses, weights_of
-from rlhf_cli.objectives import cispo, gspo_token, kl_k3, ppo_clip, reinforce, sequence_ratio_clip, two_sided_clip
+from rlhf_cli.objectives import (
+    cispo,
+    gspo_token,
+    kl_k3,
+    kl_k3_corrected,
+    ppo_clip,
+    reinforce,
+    sequence_ratio_clip,
+    two_sided_clip,
+)
 from rlhf_cli.reduce import constant_length, sequence_mean, sequence_sum, token_mean
 from rlhf_cli.types import Experience, Term
 
@@ -58,7 +67,11 @@ def theirs(trainer: type, **settings: Any) -> tuple[Tensor, Tensor]:
     """TRL's own loss function on the same tensors, in evaluation mode, where it divides by no accumulation."""
     logp = EXP.behavior_logp.clone().requires_grad_()
     same: Callable[..., Any] = lambda x, **_: x  # noqa: E731
-    args = {"use_bias_correction_kl": False, "delta": settings.pop("delta", None), "steps_per_generation": 1}
+    args = {
+        "use_bias_correction_kl": settings.pop("use_bias_correction_kl", False),
+        "delta": settings.pop("delta", None),
+        "steps_per_generation": 1,
+    }
     stub = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *_, **__: (logp, torch.zeros_like(logp), None),
         aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False, tools=None,
@@ -91,6 +104,10 @@ CASES: dict[str, tuple[list[Term], dict[str, Any]]] = {
     "dr_grpo": ([Term("s", clip, partial(constant_length, length=LONGEST))], {"loss_type": "dr_grpo"}),
     "dapo": ([Term("s", clip, token_mean)], {"loss_type": "dapo"}),
     "bnpo": ([Term("s", clip, token_mean), Term("kl", kl_k3, token_mean, 0.1)], {"loss_type": "bnpo", "beta": 0.1}),
+    "corrected_kl": (
+        [Term("s", clip, token_mean), Term("kl", kl_k3_corrected, token_mean, 0.1)],
+        {"loss_type": "bnpo", "beta": 0.1, "use_bias_correction_kl": True},
+    ),
     "gspo": ([Term("s", row_ratio("seq_mean"))], {"importance_sampling_level": "sequence"}),
     "gspo_token": ([Term("s", partial(gspo_token, **CLIP), sequence_mean)], {"importance_sampling_level": "sequence"}),
     "cispo": (

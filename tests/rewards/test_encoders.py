@@ -8,7 +8,7 @@ import torch
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.rewards.bertscore import BertScore
 from rlhf_cli.rewards.embedding import Embedding
-from rlhf_cli.rewards.encoder import mean_pool
+from rlhf_cli.rewards.encoder import mean_pool, padded, shapes
 from rlhf_cli.rewards.perplexity import Perplexity
 from rlhf_cli.types import Sample
 
@@ -54,6 +54,23 @@ def embedding(folder, **settings):
 
 def call(scorer, *samples):
     return scorer(list(samples), torch.zeros(len(samples), dtype=torch.int64))
+
+
+def test_the_shape_of_a_batch_follows_from_the_text_alone():
+    # 31 and 32 tokens are padded to 32, 33 to 64; three of a kind make a batch of two and one of one, filled up to two.
+    assert shapes([31, 33, 32, 5], 2, 512) == [([0, 2], 32), ([3], 32), ([1], 64)]
+    assert shapes([33, 50], 2, 50) == [([0, 1], 50)]  # never beyond what a model takes
+    ids, attention = padded([[7, 8]], 2, 3, 0)
+    assert ids.tolist() == [[7, 8, 0]] * 2 and attention.tolist() == [[1, 1, 0]] * 2
+
+
+def test_a_text_has_the_same_bits_in_any_company(folder):
+    texts = [
+        Sample("the mat", t, ("the cat sat",))
+        for t in ("a dog", "the", "red cat on the mat .", "is", "a a a a a a a a a")
+    ]
+    together = call(embedding(folder), *texts).value
+    assert all(torch.equal(call(embedding(folder), t).value[0], v) for t, v in zip(texts, together, strict=True))
 
 
 def test_mean_pool_leaves_padding_out():

@@ -60,3 +60,17 @@ def test_a_remote_schema_is_not_fetched():
 
     rows = list(attempt(make({"$ref": "https://example.invalid/s.json"}), [Sample("p", "{}")]))
     assert rows[0].value is None and "Unresolvable" in rows[0].reason
+
+
+def test_a_schema_can_be_typed():
+    from rlhf_cli.compose import compose
+    from rlhf_cli.rewards.make import make_scorer
+
+    words = [
+        "reward=json_schema",
+        "reward.json_schema.schema={type: object, required: [a]}",
+        "reward_workers.processes=-1",
+    ]
+    scorer = make_scorer(compose("score", words, None))
+    assert values(scorer, '{"a": 1}', '{"b": 1}') == [1, 0]
+    assert values(make("object"), "{}", "[]") == [1, 0]

@@ -103,6 +103,8 @@ def test_two_empty_results_are_what_the_setting_says():
         ),
         ("SELECT a.id FROM users a, users b, users c, users d", "over 100 rows"),
         ("SELECT 1" + "\0", "null character"),
+        ("", "it is no query"),  # SQLite runs nothing without complaint
+        ("-- SELECT 1", "it is no query"),
     ],
 )
 def test_what_a_query_may_not_do(query, why):
@@ -186,10 +188,10 @@ def test_xmlcount_by_hand():
 
 def test_partial_rewards_of_right_and_wrong_queries():
     tagged = "<reasoning>\nx\n</reasoning>\n<answer>\n{}\n</answer>"
-    got = scores(partial(), GOLD, tagged.format(GOLD), "SELECT id FROM users", "hello", "SELECT name FROM nowhere")
+    got = scores(partial(), GOLD, tagged.format(GOLD), "SELECT id FROM users", "hello", "SELECT name FROM nowhere", "")
     # Right: 3 + 1 + 1 + 1, and 0.5 for the tags. SELECT id: it runs, schema 1/4, n-grams 1/8. A wrong table: schema
     # {name, nowhere} against {users, name, age} is 1/4, n-grams (select name, name from) 2 of 3 + 6 - 2.
-    assert got.value.tolist() == pytest.approx([6, 6.5, 1 + 1 / 4 + 1 / 8, 0, 1 / 4 + 2 / 7])
+    assert got.value.tolist() == pytest.approx([6, 6.5, 1 + 1 / 4 + 1 / 8, 0, 1 / 4 + 2 / 7, 0])
     assert set(got.components) == {"execution", "syntax", "schema", "ngram", "format"}
     weights = {"execution": 3.0, "syntax": 1.0, "schema": 1.0, "ngram": 1.0, "format": 0.5}
     total = sum(w * got.components[k] for k, w in weights.items())
