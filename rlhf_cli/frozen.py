@@ -84,6 +84,10 @@ def _check_mask(cfg: Any) -> None:
             "does not give; type rollout=builtin",
         ),
         (
+            bool(cfg.environment),
+            "rollout.mask: a dialogue of several turns keeps no record of what its tokens were chosen from; type environment=none",
+        ),
+        (
             cfg.rollout.top_p < 1 or cfg.rollout.top_k > 0 or cfg.rollout.min_tokens > 0,
             "rollout.mask: the learner knows the mask's tokens only; set rollout.top_p=1 rollout.top_k=0 rollout.min_tokens=0",
         ),

@@ -159,16 +159,18 @@ def all_pairs(score: Tensor, group: Tensor) -> Selection:
 
 
 @gives("pairs")
-def group_pairs(group: Tensor) -> Selection:
-    """Every two rows of a group, each couple once, the earlier row first; keeps every row. Scores do not matter.
+def group_pairs(score: Tensor, group: Tensor) -> Selection:
+    """Every two rows of a group, each couple once, the higher score first (of equals the earlier row); keeps every row.
 
     See Wu et al., "Pairwise Proximal Policy Optimization: Harnessing Relative Feedback for LLM Alignment", arXiv:2310.00212.
 
     Args:
+        score: score of each row, [N]
         group: rows of one prompt share it, [N] int64
     """
     place = torch.arange(len(group), device=group.device)
-    return Selection(None, ((group[:, None] == group) & (place[:, None] < place)).nonzero())
+    before = (score[:, None] > score) | ((score[:, None] == score) & (place[:, None] < place))
+    return Selection(None, ((group[:, None] == group) & before).nonzero())
 
 
 def _first(candidate: Tensor, g: Groups) -> Tensor:

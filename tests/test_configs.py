@@ -42,6 +42,7 @@ REQUIRED = {
 JUDGING = ("mpo", "pairwise_rl", "rewardanything", "stable_reinforce", "writing_zero")
 FITTING = {
     **{("experiment", name): ["judge.backend=rule"] for name in JUDGING},
+    ("experiment", "p3o"): ["reward.model.path=RUN"],
     ("experiment", "rto"): ["frozen.dpo.path=RUN", "reward.model.path=RUN"],
     ("experiment", "salsa"): ["model.soup.path=RUN"],
     ("shaping", "implicit_dpo"): ["algo=ppo", "frozen.dpo.path=RUN"],

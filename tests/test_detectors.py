@@ -53,6 +53,11 @@ def test_a_reward_that_is_length_correlates_fully_inside_groups():
     assert found["length_corr"] == pytest.approx(1 - 6 * 62 / 210)
 
 
+def test_ranks_by_hand():
+    # 3 and 1 are ranked among themselves; two equal values share ranks 1 and 2.
+    assert ranks(torch.tensor([3.0, 1.0, 2.0, 2.0]), torch.tensor([0, 0, 7, 7])).tolist() == [2, 1, 1.5, 1.5]
+
+
 def test_correlations_equal_the_slow_ones():
     rng = random.Random(0)
     for _ in range(20):

@@ -93,6 +93,10 @@ def test_a_soup_names_its_parts() -> None:
             [*MASK, "rollout.top_p=0.9"],
             "rollout.mask: the learner knows the mask's tokens only; set rollout.top_p=1 rollout.top_k=0 rollout.min_tokens=0",
         ),
+        (
+            [*MASK, "environment=calculator"],
+            "rollout.mask: a dialogue of several turns keeps no record of what its tokens were chosen from; type environment=none",
+        ),
         (["frozen.dpo.pth=x"], "frozen.dpo.pth: unknown key; did you mean 'path'?"),
     ],
 )

@@ -9,6 +9,7 @@ from rlhf_cli.select import (
     drop_zero_variance,
     drop_zero_variance_mask_truncated,
     gives,
+    group_pairs,
     grouped,
     keep_all,
     mask_truncated,
@@ -64,6 +65,16 @@ def test_all_pairs() -> None:
 def test_all_pairs_of_four_different_scores_are_six() -> None:
     _, pairs, _ = all_pairs(torch.tensor([0.3, 0.1, 0.4, 0.2]), torch.zeros(4, dtype=torch.int64))
     assert pairs is not None and sorted(map(tuple, pairs.tolist())) == [(0, 1), (0, 3), (2, 0), (2, 1), (2, 3), (3, 1)]
+
+
+def test_group_pairs_are_all_couples_of_a_group_the_better_row_first() -> None:
+    found = group_pairs(torch.tensor([0.0, 2.0, 0.0, 5.0]), torch.tensor([7, 7, 7, 1]))
+    assert found.keep is None and found.pairs is not None
+    assert found.pairs.tolist() == [
+        [0, 2],
+        [1, 0],
+        [1, 2],
+    ]  # a tie keeps the order of the rows; a group of one has none
 
 
 def test_best_of_n_keeps_row_order() -> None:

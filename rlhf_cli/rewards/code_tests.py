@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -55,9 +56,9 @@ class CodeTests:
         tests, cases = _tests(sample.meta), list(sample.meta.get("cases") or [])
         if not tests and not cases:
             return Row(None, reason="its record has no tests: map dataset.columns.meta.tests, or meta.cases")
-        code = code_of(sample.response)
-        results = passed(code, tests, str(sample.meta.get("setup") or ""), self.box) if tests else []
-        results += [_right(printed(code, str(c["input"]), self.box), str(c["output"])) for c in cases]
+        code, until = code_of(sample.response), time.monotonic() + self.box.seconds
+        results = passed(code, tests, str(sample.meta.get("setup") or ""), self.box, until) if tests else []
+        results += [_right(printed(code, str(c["input"]), self.box, until), str(c["output"])) for c in cases]
         share = sum(results) / len(results)
         return Row(float(share == 1) if self.whole else share, {"tests": share})
 

@@ -1,8 +1,9 @@
 """Code of a policy in child processes that can compute and nothing else; killed as a group when their time is up.
 
 What holds them is the kernel: an allow-list of system calls (seccomp, Linux on x86_64 and aarch64) without sockets, without new
-processes, without files opened for writing, without signals to others; resource limits; no capabilities; an empty environment, an
-empty folder, and a session of their own. On other systems the reward refuses to start.
+processes, without files opened for writing, without signals to others; resource limits; no capabilities; where there is Landlock, a
+domain of their own, so that no other process's memory can be read; an empty environment, an empty folder, and a session of their
+own. On other systems the reward refuses to start.
 """
 
 from __future__ import annotations
@@ -67,12 +68,15 @@ class Child:
         return message
 
 
-def passed(code: str, tests: Sequence[str], setup: str, box: Box) -> list[bool]:
-    """Which tests end without an exception. Those after the one in which time runs out, or the code dies, do not."""
+def passed(code: str, tests: Sequence[str], setup: str, box: Box, until: float) -> list[bool]:
+    """Which tests end without an exception, `until` a moment of the monotonic clock.
+
+    Those after the one in which time runs out, or the code dies, do not.
+    """
     found = [False] * len(tests)
     if len(code) > LONGEST:
         return found
-    until, token = time.monotonic() + box.seconds, secrets.token_hex(16)
+    token = secrets.token_hex(16)
     with _children() as start:
         calls, answers = os.pipe(), os.pipe()  # from the grader to the code, and back
         start("call", give=[calls[0], answers[1]], talks=False)
@@ -84,14 +88,14 @@ def passed(code: str, tests: Sequence[str], setup: str, box: Box) -> list[bool]:
     return found
 
 
-def printed(code: str, text: str, box: Box) -> str | None:
+def printed(code: str, text: str, box: Box, until: float) -> str | None:
     """What a program prints for an input; None where it fails or its time is up."""
-    if len(code) > LONGEST:
+    if len(code) > LONGEST or time.monotonic() > until:
         return None
     with _children() as start:
         child = start("script", give=[], talks=True)
         child.tell(box.first(code=code, input=text))
-        answer = child.hear(time.monotonic() + box.seconds)
+        answer = child.hear(until)
     return answer.get("printed") if answer else None
 
 

@@ -12,7 +12,7 @@ import contextlib
 import importlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def land(row: Row, env: Env, seed: int = 0) -> Law:
 
 
 def _filled(row: Row, env: Env, exp: Experience) -> Experience:
-    return replace(exp, **{name: make(env, exp) for name, make in row.columns.items()})
+    return exp.filled({name: make(env, exp) for name, make in row.columns.items()})
 
 
 class Table:

@@ -169,4 +169,6 @@ def nearly_same(one: Path, two: Path) -> None:
 def close(a: object, b: object) -> bool:
     if isinstance(a, float | int) and isinstance(b, float | int):
         return a == pytest.approx(b, rel=2e-2, abs=1e-3, nan_ok=True)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(close(x, b[k]) for k, x in a.items())
     return a == b

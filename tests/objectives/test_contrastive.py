@@ -87,8 +87,8 @@ def test_p3o_with_two_rows_a_group_is_rloo_with_one_ratio_per_response() -> None
     shaped = call(partial(sequence_kl, beta=0.3), exp)
     advantage = leave_one_out(shaped, c["mask"], c["group"]).advantage
     clip = {"eps_low": 0.2, "eps_high": 0.2, "level": "seq_sum"}
-    pairs = group_pairs(c["group"]).pairs
-    assert pairs is not None and pairs.tolist() == [[0, 1], [2, 3]]
+    pairs = group_pairs(c["score"], c["group"]).pairs
+    assert pairs is not None and pairs.tolist() == [[1, 0], [3, 2]]
     outs = [c["logp"].clone().requires_grad_() for _ in range(2)]
     one = p3o(outs[0], c["old_logp"], shaped, c["mask"], pairs, **clip).mean()
     other = sequence_ratio_clip(outs[1], c["old_logp"], advantage, c["mask"], **clip).mean()

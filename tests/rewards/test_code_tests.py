@@ -1,6 +1,7 @@
 """Code tests: what passes, and everything that a response may try instead of being right."""
 
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -140,6 +141,18 @@ def test_the_kernel_refuses(what, tmp_path):
     assert outside.read_text() == "kept" and os.listdir(tmp_path) == ["outside.txt"]
 
 
+def test_a_domain_hides_other_processes_even_from_root():
+    code = (
+        "import ctypes, os\nfrom rlhf_cli.rewards import sandboxed\nlibc = ctypes.CDLL(None)\nlibc.prctl(38, 1, 0, 0, 0)\n"
+        "own = sandboxed._own_domain(libc)\ntry:\n    open(f'/proc/{os.getppid()}/mem', 'rb').read(1)\n    print(own, 'read')\n"
+        "except OSError:\n    print(own, 'refused')"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    if said[0] == "False":
+        pytest.skip("THIS KERNEL HAS NO LANDLOCK: only the filter and the missing capabilities hide other processes")
+    assert said == ["True", "refused"]
+
+
 def test_a_fork_bomb_starts_nothing():
     before = len([p for p in Path("/proc").iterdir() if p.name.isdigit()])
     bomb = "import os\nwhile True:\n    try: os.fork()\n    except OSError: break\n"
@@ -164,6 +177,12 @@ def test_time_and_memory_end(code):
     start = time.monotonic()
     assert score(code, seconds=1.0, memory_mb=128) == 0
     assert time.monotonic() - start < 20
+
+
+def test_all_cases_share_the_time():
+    start = time.monotonic()
+    assert score("while True: pass", [], cases=[{"input": "", "output": "1"}] * 20, seconds=1.0) == 0
+    assert time.monotonic() - start < 15
 
 
 def test_nothing_is_left_behind(tmp_path, monkeypatch):
