@@ -29,6 +29,7 @@ AT_LEAST = {
     "rollout.temperature": 0,
     "rollout.top_k": 0,
     "rollout.rows": 0,
+    "dataset.hardest": 0,
     "steps": 0,
     "model.lora.r": 0,
     "optim.lr": 0,
@@ -72,6 +73,7 @@ def check_numbers(cfg: Any) -> None:
         ("rollout.vllm.mode", cfg.rollout.vllm.mode, ("inprocess", "server")),
         ("rollout.vllm.transfer", cfg.rollout.vllm.transfer, ("auto", "files", "ipc", "nccl")),
         ("rollout.vllm.sleep", cfg.rollout.vllm.sleep, (0, 1, 2)),
+        ("dataset.band", cfg.dataset.band, ("hardest", "medium", "easiest", "random")),
         ("optim.schedule", cfg.optim.schedule, ("constant", "linear", "cosine")),
         *(("debug", switch, SWITCHES) for switch in cfg.debug),
     ):

@@ -175,6 +175,8 @@ class DatasetSection:
     template: str = "{prompt}"  # text of the user turn
     chat: bool = True  # render with the tokenizer's chat template
     limit: int = 0  # use only the first N records; 0: all
+    hardest: int = 0  # train only on so many prompts, chosen by what the initial policy scores on them; 0: on all
+    band: str = "hardest"  # which: hardest (lowest scores) | medium (the window in the middle) | easiest | random
     max_prompt_tokens: int = 512  # longer prompts are an error before training
     max_response_tokens: int = 2048  # longer recorded responses are an error before training
 

@@ -118,6 +118,8 @@ def _stage(
 
 
 SOURCE_ONLY = {
+    **dict.fromkeys(("gap", "category"), "a reward brings it: type reward=[by_category,clause_distance]"),
+    "hardness": "a reward brings it: type reward=[by_category,clause_distance]",
     "turn_reward": "only the turns of a dialogue have one: type environment=NAME (rlhf list environment)",
     "baseline": "it is the score of a greedy response, and recorded rows have none: type source=sampled",
     "behavior_logp": "recorded rows were not drawn by this policy: type source=sampled",

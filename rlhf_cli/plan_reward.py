@@ -28,10 +28,14 @@ class Wants(NamedTuple):
 
 def scorers(cfg: Any, plan: Plan, have: set[str]) -> None:
     """The stages from responses to scores."""
-    if plan.source != "sampled":
+    if plan.source != "sampled" or not cfg.reward:
+        if cfg.dataset.hardest:
+            raise ConfigError(
+                "dataset.hardest: it takes responses of the initial policy and a reward; type source=sampled reward=NAME, or dataset.hardest=0"
+            )
         return
     check(cfg)
-    if wants(cfg).references and cfg.reward:
+    if wants(cfg).references or cfg.dataset.hardest:
         _prepass(cfg, plan, have)
     for one in reward_nodes(cfg):
         name, key, node = one
@@ -46,10 +50,16 @@ def scorers(cfg: Any, plan: Plan, have: set[str]) -> None:
             )
         if "path" in sig.params and not node.get("path"):
             raise ConfigError(f"{key}.path is empty; type {key}.path={sig.flags.get('path_is', 'FILE')}")
+        brought = str(sig.flags.get("columns", "")).split()  # beside its value
         plan.stages.append(
-            Stage(f"reward.{name}", f"{_short(sig)} x {float(node.get('weight', 1.0)):g}", frozenset(), ("score",))
+            Stage(
+                f"reward.{name}",
+                f"{_short(sig)} x {float(node.get('weight', 1.0)):g}",
+                frozenset(),
+                ("score", *brought),
+            )
         )
-        have.add("score")
+        have.update(("score", *brought))
         plan.stages += [Stage(k, _short(s), frozenset(s.columns) - {"score"}) for k, s in shapers(cfg, one)]
         if sig.flags.get("asks_judge"):
             check_section(cfg.judge)
@@ -73,8 +83,13 @@ def _prepass(cfg: Any, plan: Plan, have: set[str]) -> None:
             f"at most {n * cfg.rollout.max_tokens} tokens a prompt; {max(1, rows // n)} prompts cost as much sampling as a step. "
             "prepass.path=RUN uses those of another run"
         )
-    plan.stages.append(Stage("prepass", does, frozenset(), REFERENCE))
-    have.update(REFERENCE)
+    made = REFERENCE if wants(cfg).references else ()
+    plan.stages.append(Stage("prepass", does, frozenset(), made))
+    have.update(made)
+    if cfg.dataset.hardest:
+        plan.stages.append(
+            Stage("choice", f"{cfg.dataset.hardest} training prompts by these scores: {cfg.dataset.band}")
+        )
 
 
 def _combination(cfg: Any, plan: Plan) -> None:

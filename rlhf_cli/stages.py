@@ -149,6 +149,16 @@ def scored_by(samples: Sequence[Sample], group: Tensor, world: int) -> Tensor:
     return torch.tensor(ranks, dtype=torch.int64)[which]
 
 
+def filling(score: Stage, columns: Mapping[str, str]) -> Stage:
+    """Columns that a scorer brings beside its value: column -> the component that holds it."""
+
+    def stage(exp: Experience) -> Experience:
+        exp = score(exp)
+        return replace(exp, **{name: exp.components[part] for name, part in columns.items()}) if len(exp) else exp
+
+    return stage
+
+
 def shuffled(score: Stage, seed: int) -> Stage:
     """Deal every step's scores to other rows at random: a run that must not learn."""
 

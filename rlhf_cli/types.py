@@ -56,6 +56,9 @@ class Experience:
     baseline: Tensor = column("N")  # score of the greedy response to the row's prompt
     label: Tensor = column("N")  # recorded feedback: rating, or 1/0 for thumbs up/down
     score: Tensor = column("N")
+    hardness: Tensor = column("N")  # 1 - similarity of the response to the demonstration
+    gap: Tensor = column("N")  # reward of the demonstration minus that of the response
+    category: Tensor = column("N")  # rows of one category share it
     ref_scores: Tensor = column(
         "N R"
     )  # of the initial policy's responses to the row's prompt, in units of `score`; NaN: missing

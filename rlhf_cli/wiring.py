@@ -19,6 +19,7 @@ from rlhf_cli.data.text import check_dialogue, render, response_ids
 from rlhf_cli.engine.comm import Comm
 from rlhf_cli.engine.deepspeed import DeepSpeedEngine, Frozen, Setup
 from rlhf_cli.environments import section as dialogue
+from rlhf_cli.hardest import Banded, banded
 from rlhf_cli.models import fused, loading, packing
 from rlhf_cli.models.heads import PolicyHead, ScalarHead, SharedHead, inner
 from rlhf_cli.models.lora import add_lora
@@ -57,7 +58,7 @@ class Parts:
     recorded_heldout: Recorded | None
     gates: gates.Gates
     state: dict[str, Any]  # name -> object with state_dict
-    prepass: Prepass | None = None  # runs before the first step
+    prepass: Prepass | Banded | None = None  # runs before the first step
 
 
 def make_run(cfg: Any, comm: Comm, record: Any, folder: Path | None = None) -> tuple[Run, Parts]:
@@ -100,6 +101,7 @@ def make_run(cfg: Any, comm: Comm, record: Any, folder: Path | None = None) -> t
     build = Builder(cfg.allow_targets)
     ask = partial(make_prepass, cfg, train, encoded, sampler, scorer, comm, folder, rest)
     score, prepass = make_scoring(cfg, plan, scorer, comm, checks, record, tokenizer, build, ask)
+    prepass = banded(cfg, prepass, source, scorer, folder)
     pipeline = make_pipeline(cfg, plan, build, record.count)
     stages_of = vars(pipeline) | {"score": score}
     if cfg.batch.resample > 1 and sampled:

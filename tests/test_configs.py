@@ -27,7 +27,7 @@ NEEDS_PATH = {
     "rlhf_cli.rewards.python.Python",
     "rlhf_cli.rewards.perplexity.Perplexity",
 }
-JUDGED = ("judge", "judge_anchor", "judge_listwise", "judge_pairwise", "judge_pivot", "mpo", "pair_verdict")
+JUDGED = ("judge", "judge_anchor", "judge_listwise", "judge_pairwise", "judge_pivot", "mpo", "oni", "pair_verdict")
 REQUIRED = {
     **dict.fromkeys(JUDGED, "judge.backend=rule"),
     "co_reward": "dataset=rephrased",
@@ -70,6 +70,12 @@ TALKS = {  # options that need the other party of a dialogue
     },
     **{("experiment", name): [f"experiment={name}", "judge.backend=rule"] for name in ("rlpa", "rlpa_dialogue", "oni")},
     ("reward", "environment"): GAME,
+    ("reward", "by_category"): ["reward=by_category", "reward.by_category.path=RUN"],
+    ("reward", "clause_distance"): ["reward=[clause_distance,bleu]"],
+    ("credit", "difficulty_scaled"): [
+        "credit=difficulty_scaled", "reward=[by_category,clause_distance]", "reward.by_category.path=RUN", "dataset=refusals",
+    ],
+    ("experiment", "dr_irl"): ["experiment=dr_irl", "reward.by_category.path=RUN"],
     ("shaping", "turns"): ["shaping=turns", "credit=group_norm_to_go", *GAME],
 }  # fmt: skip
 

@@ -1,5 +1,6 @@
 """Credit rules: from scores, rewards and values to the advantage of each token."""
 
+from rlhf_cli.credit.difficulty import difficulty_scaled
 from rlhf_cli.credit.gae import gae, gae_biased, gae_scaled_reward
 from rlhf_cli.credit.group import (
     batch_mean,
@@ -17,6 +18,7 @@ from rlhf_cli.credit.to_go import reward_to_go, reward_to_go_filtered
 __all__ = [
     "RunningMean",
     "batch_mean",
+    "difficulty_scaled",
     "gae",
     "gae_biased",
     "gae_scaled_reward",

@@ -16,7 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from rlhf_cli.models.packing import pack, shifted, to_device
 
-CHUNK = 256  # positions whose logits exist at a time
+CHUNK = 256  # positions whose logits exist at a time, where all of the vocabulary is needed at once
+BLOCK = {"cpu": 1 << 21}  # logits that exist at a time where it is not: on a CPU what its cache holds
+MULTIPLE = 256  # tokens of the vocabulary in a block are a multiple of it
 
 
 class PolicyHead(nn.Module):
@@ -232,18 +234,22 @@ def _token_logp(
 class LinearLogp(torch.autograd.Function):
     """log softmax(hidden @ weight.T / temperature)[target], [n], of hidden [n, D] and weight [V, D], at least in fp32.
 
-    Only one number per row is saved; logits are made again in the backward pass, a chunk at a time, and the gradient of the weight is
-    added up in fp32 at least.
+    Logits exist for all positions and a block of the vocabulary at a time, and are made again in the backward pass. So the weight is
+    read once a pass, its gradient is written once, and a block stays in the processor's cache. One number per row is saved.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> Tensor:
-        picked, total = [hidden.new_empty(len(hidden), dtype=_wide(hidden.dtype)) for _ in range(2)]
-        for at in _chunks(len(hidden)):
-            x = _logits(hidden[at], weight, temperature)
-            picked[at] = x.gather(-1, target[at, None]).squeeze(-1)
-            top = x.amax(-1, keepdim=True)
-            total[at] = x.sub_(top).exp_().sum(-1).log_() + top.squeeze(-1)
+        wide = _wide(hidden.dtype)
+        picked, total = (hidden.new_zeros(len(hidden), dtype=wide) for _ in range(2))
+        top = hidden.new_full((len(hidden),), float("-inf"), dtype=wide)
+        for at in _blocks(hidden, weight):
+            x = _logits(hidden, weight[at], temperature)
+            rows, column = _inside(target, at)
+            picked[rows] = x[rows, column]
+            before, top = top, torch.maximum(top, x.amax(-1))
+            total.mul_((before - top).exp_()).add_(x.sub_(top[:, None]).exp_().sum(-1))
+        total = total.log_().add_(top)
         ctx.save_for_backward(hidden, weight, target, total)
         ctx.temperature = temperature
         return picked - total
@@ -252,19 +258,19 @@ class LinearLogp(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
         hidden, weight, target, total = ctx.saved_tensors
         grad = grad / ctx.temperature
-        hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        weight_grad = weight.new_zeros(weight.shape, dtype=grad.dtype) if ctx.needs_input_grad[1] else None
-        for at in _chunks(len(hidden)):
-            x = _logits(hidden[at], weight, ctx.temperature)
-            x.sub_(total[at, None]).exp_().mul_(-grad[at, None]).scatter_add_(-1, target[at, None], grad[at, None])
+        hidden_grad = torch.zeros_like(hidden, dtype=grad.dtype) if ctx.needs_input_grad[0] else None
+        weight_grad = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        for at in _blocks(hidden, weight):
+            x = _logits(hidden, weight[at], ctx.temperature)
+            x.sub_(total[:, None]).exp_().mul_(-grad[:, None])
+            rows, column = _inside(target, at)
+            x[rows, column] += grad[rows]
             x = x.to(weight.dtype)
             if hidden_grad is not None:
-                torch.mm(x, weight, out=hidden_grad[at])
-            if weight_grad is not None and weight_grad.dtype == x.dtype:
-                weight_grad.addmm_(x.t(), hidden[at])
-            elif weight_grad is not None:
-                weight_grad += x.t() @ hidden[at]
-        return hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype), None, None
+                hidden_grad += x @ weight[at]
+            if weight_grad is not None:
+                torch.mm(x.t(), hidden, out=weight_grad[at])
+        return None if hidden_grad is None else hidden_grad.to(hidden.dtype), weight_grad, None, None
 
 
 def plain_weight(head: nn.Module) -> Tensor | None:
@@ -280,8 +286,17 @@ def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
     return x if temperature == 1.0 else x.div_(temperature)
 
 
-def _chunks(n: int) -> list[slice]:
-    return [slice(i, min(n, i + CHUNK)) for i in range(0, n, CHUNK)]
+def _blocks(hidden: Tensor, weight: Tensor) -> list[slice]:
+    """Parts of the vocabulary whose logits, with all positions, are BLOCK numbers or few more."""
+    v = len(weight)
+    size = max(MULTIPLE, BLOCK.get(hidden.device.type, 1 << 25) // max(1, len(hidden)) // MULTIPLE * MULTIPLE)
+    return [slice(i, min(v, i + size)) for i in range(0, v, size)]
+
+
+def _inside(target: Tensor, at: slice) -> tuple[Tensor, Tensor]:
+    """The positions whose target [n] lies in a block, and its column there."""
+    rows = ((target >= at.start) & (target < at.stop)).nonzero().flatten()
+    return rows, target[rows] - at.start
 
 
 class TargetLogp(torch.autograd.Function):

@@ -70,10 +70,13 @@ def make_scoring(
     """The stage that scores a step, and the prepass that it compares with, made by `ask` where one is wanted."""
     if scorer is None:
         return stages.keep, None
-    prepass = ask() if plan_reward.wants(cfg).references else None
-    join = make_joining(cfg, plan, scorer, prepass, tokenizer, record.count, build)
+    compared = plan_reward.wants(cfg).references
+    prepass = ask() if compared or cfg.dataset.hardest else None
+    join = make_joining(cfg, plan, scorer, prepass if compared else None, tokenizer, record.count, build)
     count, took = partial(record.count, stage="component"), partial(record.count, stage="time")
     score = stages.scoring(scorer, comm, cfg.gates.failures, checks.reward, count, record.note, took, join)
     score = watched(score, build.keep("detectors", make_detectors(cfg, scorer)), record)
+    brought = {c: f"{name}/{c}" for name, (_, s) in scorer.scorers.items() for c in getattr(s, "columns", "").split()}
+    score = stages.filling(score, brought) if brought else score
     score = stages.shuffled(score, cfg.seed) if cfg.debug.get("shuffled_reward") else score
     return (stages.baselined(score, record.count) if plan.greedy else score), prepass

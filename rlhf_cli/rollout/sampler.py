@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from transformers import DynamicCache
 from rlhf_cli.errors import GateError
 from rlhf_cli.rollout.cache import Board, attending, fill, slot_cache
 from rlhf_cli.rollout.choose import Decoding, choose
+from rlhf_cli.rollout.decoder import Decoder, agree, readable
 from rlhf_cli.rollout.limits import check_context, rows_at_a_time
 from rlhf_cli.rollout.masking import Mask, Shadow, beside
 
@@ -65,6 +67,7 @@ class _Batch:
     slot_row: list[int]
     token: list[int]  # [slots] token to feed next
     place: list[int]  # [slots] its position
+    decoder: Decoder | None = None  # of the weights as they are; None: the model's own forward
     started: int = 0
     read: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)  # prompt -> keys and values per layer
     shadow: Shadow | None = None  # the model that says which tokens may be drawn
@@ -89,6 +92,7 @@ class Sampler:
         self.decoding = decoding
         self.device = torch.device(device)
         self.eos = eos_ids(model, tokenizer)
+        self.written_out: bool | None = None  # whether `Decoder` gives what the model gives; None: not known yet
         self.mask: Mask | None = None  # of what is drawn; the best token of all (temperature 0) needs none
 
     @torch.no_grad()
@@ -116,6 +120,8 @@ class Sampler:
         batch = _Batch(prompts, decoding, rows, board, slot_cache(board), [-1] * slots, [0] * slots, [0] * slots)
         mask = self.mask if decoding.temperature > 0 else None
         batch.shadow = Shadow(mask, self, batch) if mask is not None else None
+        if self.device.type == "cpu" and self.written_out is not False and readable(self.model):
+            batch.decoder = Decoder(self.model, slots)
         training = self.model.training
         if training:  # as activation checkpointing wants it; it would turn the cache off
             self.model.eval()
@@ -211,12 +217,31 @@ class Sampler:
     def _forward(self, batch: _Batch) -> Tensor:
         """Logits [slots, V] after the tokens at hand."""
         places = torch.tensor(batch.place, device=self.device)
+        tokens = torch.tensor(batch.token, device=self.device)
         batch.board.aim(places, max(batch.place) + 1)
         seen = torch.arange(batch.board.span, device=self.device) <= places[:, None]
         mask = torch.zeros(seen.shape, device=self.device, dtype=self.model.dtype).masked_fill_(~seen, float("-inf"))
+        own = partial(self._model_step, batch, tokens, places, mask[:, None, None])
+        if batch.decoder is None:
+            return own()
+        if self.written_out is None:  # the model first: what it stores is written over, as in every later step
+            expected = own()
+            logits = batch.decoder(tokens, places, mask[:, None, None], batch.board, batch.cache.layers)
+            self.written_out = agree(logits, expected)
+            if not self.written_out:
+                batch.decoder = None
+                own()  # and what the other stored too
+                return expected
+            return logits
+        if not batch.cache.layers:  # prompts of one token leave the cache to the first step
+            own()
+        return batch.decoder(tokens, places, mask[:, None, None], batch.board, batch.cache.layers)
+
+    def _model_step(self, batch: _Batch, tokens: Tensor, places: Tensor, mask: Tensor) -> Tensor:
+        """The same by the model's own forward."""
         out = self.model(
-            input_ids=torch.tensor(batch.token, device=self.device)[:, None],
-            attention_mask=mask[:, None, None],
+            input_ids=tokens[:, None],
+            attention_mask=mask,
             position_ids=places[:, None],
             past_key_values=batch.cache,
             use_cache=True,

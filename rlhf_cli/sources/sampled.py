@@ -78,6 +78,12 @@ class Sampled:
             return exp
         return replace(exp, greedy=(torch.arange(len(exp)) % (self.samples + 1)) == self.samples)
 
+    def keep(self, chosen: Sequence[int]) -> None:
+        """From now on draw only from these records. The position in the order stays, so this may come after a resume."""
+        kept = set(chosen)
+        self._units = [u for u in units(self.records) if kept.issuperset(u)]
+        self._order.size = len(self._units)
+
     def _take(self) -> list[int]:
         """The records of the next step, linked ones side by side."""
         size = len(self._units[0]) if self._units else 1

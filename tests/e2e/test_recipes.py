@@ -41,6 +41,7 @@ RECIPES = VARIANTS + [
 ZERO3 = ("algo=ppo", "algo=ppo_shared")
 # A small learning rate: the order of sums moves last bits, and an update of 1e-4 would let the second step draw other tokens.
 SMALL = ("reward_workers.processes=-1", "optim.lr=1e-6", "checkpoint.export=true")
+STEPPED = ("policy/accuracy", "reward/accuracy", "eval/policy/accuracy")  # shares of signs, which a last bit may turn
 LIMIT = 300  # seconds that a pair of processes may take for one recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("recipes")]
@@ -157,7 +158,7 @@ def nearly_same(one: Path, two: Path) -> None:
         others = e2e.numbers(two)[name]
         assert len(rows) == len(others), f"{name}: {len(rows)} rows and {len(others)}"
         for r, s in zip(rows, others, strict=True):
-            wrong = {k: (r.get(k), s.get(k)) for k in {**r, **s} if not close(r.get(k), s.get(k))}
+            wrong = {k: (r.get(k), s.get(k)) for k in {**r, **s} if k not in STEPPED and not close(r.get(k), s.get(k))}
             assert not wrong, f"{name} at step {r.get('step')}: {wrong}"
     first, second = (load_file(run / "export" / "model.safetensors") for run in (one, two))
     assert first.keys() == second.keys()
@@ -167,6 +168,8 @@ def nearly_same(one: Path, two: Path) -> None:
 
 
 def close(a: object, b: object) -> bool:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(close(a[k], b[k]) for k in a)
     if isinstance(a, float | int) and isinstance(b, float | int):
         return a == pytest.approx(b, rel=2e-2, abs=1e-3, nan_ok=True)
     if isinstance(a, dict) and isinstance(b, dict):

@@ -256,7 +256,7 @@ def test_every_option_is_keyed_by_its_name_and_checks(name):
     from rlhf_cli.config import check_node
 
     node = OmegaConf.load(CONF / f"{name}.yaml")
-    assert list(node) == [name] and node[name].weight == 1.0
+    assert list(node) == [name] and node[name].weight == (0.0 if name == "hidden_answer" else 1.0)  # logged only
     sig, _ = check_node(node[name], f"reward.{name}", reserved=("weight",))
     assert all(p.doc for p in sig.params.values()), {k: p.doc for k, p in sig.params.items()}
     needing = {
@@ -271,6 +271,9 @@ def test_every_option_is_keyed_by_its_name_and_checks(name):
         "cosine_length",
         "sql_execution",
         "sql_partial",
+        "hidden_answer",
+        "judge_anchor",
+        "levels",
     }
     assert bool(sig.flags.get("needs_references")) == (name in needing)
     text = (CONF / f"{name}.yaml").read_text()
