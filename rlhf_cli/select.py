@@ -68,6 +68,24 @@ def drop_zero_variance(score: Tensor, group: Tensor) -> Selection:
     return Selection(keep, None, _dropped(len(score) - len(keep), len(g.size) - kept_groups))
 
 
+def drop_skewed(score: Tensor, group: Tensor, *, most: float) -> Selection:
+    """Drop the groups with |sum of scores| / K > most: their pivot is an outlier, everybody beats it or nobody does.
+
+    The filter of BRPO: Jia et al., "Writing-Zero: Bridge the Gap Between Non-verifiable Tasks and Verifiable Rewards",
+    arXiv:2506.00103. Meant for scores of +1, 0 and -1.
+
+    Args:
+        score: comparison of each row with its group's pivot, [N]
+        group: rows of one prompt share it, [N] int64
+        most: largest |mean score| kept
+    """
+    g = grouped(score, group)
+    total = score.new_zeros(len(g.size)).index_add(0, g.index, score)
+    stays = total.abs() <= most * g.size + 1e-6  # sums of whole numbers: an exact boundary stays
+    keep = stays[g.index].nonzero().squeeze(-1)
+    return Selection(keep, None, _dropped(len(score) - len(keep), len((~stays).nonzero())))
+
+
 @gives("mask")
 def mask_truncated(mask: Tensor, truncated: Tensor) -> Narrowed:
     """Keep every row in its group's statistics, and take the truncated ones out of the loss: overlong filtering.

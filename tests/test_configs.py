@@ -29,8 +29,9 @@ NEEDS_PATH = {
     "rlhf_cli.rewards.attributes.Attributes",
     "rlhf_cli.rewards.implicit.Implicit",
 }
+JUDGED = ("judge", "judge_anchor", "judge_listwise", "judge_pairwise", "judge_pivot", "mpo", "oni", "pair_verdict")
 REQUIRED = {
-    **dict.fromkeys(("judge", "judge_anchor", "judge_listwise", "judge_pairwise", "oni"), "judge.backend=rule"),
+    **dict.fromkeys(JUDGED, "judge.backend=rule"),
     "co_reward": "dataset=rephrased",
     "model": "reward.model.path=RUN",
     "ensemble": "reward.ensemble.path=[RUN,OTHER]",
@@ -43,7 +44,9 @@ REQUIRED = {
 }
 
 
+JUDGING = ("mpo", "pairwise_rl", "rewardanything", "stable_reinforce", "writing_zero")
 FITTING = {
+    **{("experiment", name): ["judge.backend=rule"] for name in JUDGING},
     ("experiment", "p3o"): ["reward.model.path=RUN"],
     ("experiment", "rto"): ["frozen.dpo.path=RUN", "reward.model.path=RUN"],
     ("experiment", "salsa"): ["model.soup.path=RUN"],

@@ -9,10 +9,11 @@ from rlhf_cli.credit.group import (
     group_norm_at_token,
     group_norm_to_go,
     group_whitened,
+    identity,
     leave_one_out,
 )
 from rlhf_cli.credit.running import RunningMean
-from rlhf_cli.credit.to_go import reward_to_go
+from rlhf_cli.credit.to_go import reward_to_go, reward_to_go_filtered
 
 __all__ = [
     "RunningMean",
@@ -26,6 +27,8 @@ __all__ = [
     "group_norm_at_token",
     "group_norm_to_go",
     "group_whitened",
+    "identity",
     "leave_one_out",
     "reward_to_go",
+    "reward_to_go_filtered",
 ]

@@ -38,6 +38,20 @@ def group_norm(
 
 
 @gives("advantage")
+def identity(score: Tensor, mask: Tensor) -> Credit:
+    """The score itself as the advantage of every token, [N, T]: for scores that are comparisons already.
+
+    See Jia et al., "Writing-Zero: Bridge the Gap Between Non-verifiable Tasks and Verifiable Rewards", arXiv:2506.00103
+    (BRPO): +1 or -1 against a member of the group, no mean, no standard deviation.
+
+    Args:
+        score: reward of each row, [N]
+        mask: trained tokens, [N, T] bool
+    """
+    return Credit(_spread(score, mask))
+
+
+@gives("advantage")
 def leave_one_out(score: Tensor, mask: Tensor, group: Tensor) -> Credit:
     """Score minus the mean of the group's *other* rows: A_i = R_i - mean_{j != i} R_j = K / (K - 1) (R_i - mean).
 

@@ -27,6 +27,25 @@ def reward_to_go(reward: Tensor, mask: Tensor, *, gamma: float, whiten: bool) ->
     return Credit(whitened(returns, mask, ddof=0) if whiten else returns, returns)
 
 
+@gives("advantage", "returns")
+def reward_to_go_filtered(reward: Tensor, mask: Tensor, *, gamma: float, sigmas: float) -> Credit:
+    """Whitened rewards to go, where an advantage beyond so many standard deviations becomes 0 instead of a huge step.
+
+    z_t = (G_t - mean) / std over the tokens of the step, A_t = z_t where |z_t| <= sigmas, else 0; filtered tokens keep
+    their place in every normaliser. See Zhang et al., "R1-Reward: Training Multimodal Reward Model Through Stable
+    Reinforcement Learning", arXiv:2505.02835 (StableReinforce). Its released code compares z with the raw mean +- 3.
+
+    Args:
+        reward: reward of each token, the score at the last one included, [N, T]
+        mask: trained tokens, [N, T] bool
+        gamma: discount per token
+        sigmas: largest |z| kept, standard deviations
+    """
+    returns = discounted_sum(reward, mask, gamma=gamma)
+    z = whitened(returns, mask, ddof=0)
+    return Credit(torch.where(z.abs() <= sigmas, z, 0.0), returns)
+
+
 def discounted_sum(x: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
     """y_t = x_t + gamma y_next(t) over mask tokens, where next(t) is the following mask token; 0 elsewhere, [N, T]."""
     carry = x.new_zeros(len(x))

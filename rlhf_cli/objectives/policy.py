@@ -6,6 +6,7 @@ gradient.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -101,6 +102,29 @@ def cispo(logp: Tensor, old_logp: Tensor, advantage: Tensor, *, cap: float, floo
     """
     weight = bounded_exp(logp - old_logp).clamp(min=floor, max=cap).detach()
     return -weight * advantage * logp
+
+
+@weighted_by_advantage
+@rowwise
+def pre_clip(
+    logp: Tensor, old_logp: Tensor, advantage: Tensor, *, bound: float, eps_low: float, eps_high: float
+) -> Tensor:
+    """`ppo_clip` whose log-ratio is clamped to [-log bound, log bound] before the exponential, [N, T].
+
+    A ratio beyond the bound has no gradient, for A < 0 too: it acts as a dual clip at `bound`. See Zhang et al., "R1-Reward:
+    Training Multimodal Reward Model Through Stable Reinforcement Learning", arXiv:2505.02835 (StableReinforce).
+
+    Args:
+        logp: log-probabilities of the policy, [N, T] nats
+        old_logp: the same at the start of the step, [N, T] nats
+        advantage: [N, T], constant
+        bound: largest ratio, and inverse of the smallest (> 1)
+        eps_low: how far the ratio may fall below 1
+        eps_high: how far the ratio may rise above 1
+    """
+    limit = math.log(bound)
+    ratio = (logp - old_logp).clamp(-limit, limit).exp()
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - eps_low, 1 + eps_high) * advantage)
 
 
 @weighted_by_advantage

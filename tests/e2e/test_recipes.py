@@ -50,6 +50,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("recipes")]
 def words(recipe: str, name: str, folder: Path) -> list[str]:
     # Equal scores, which BLEU gives to random bytes, would leave whitened rounding errors to compare.
     reward = ["reward=length"] if recipe.startswith("algo=") and "reward=" not in recipe else []
+    reward += ["reward=[pair_verdict,length]"] if recipe == "experiment=stable_reinforce" else []
     return [*recipe.split(), *TINY, *SMALL, *reward, f"run.dir={folder}", f"run.name={name}"]
 
 
