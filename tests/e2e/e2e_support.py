@@ -39,7 +39,7 @@ def command(*argv: str) -> list[str]:
     return [sys.executable, "-m", "rlhf_cli.cli", *argv]
 
 
-def shell(*argv: str, timeout: float = 120, cwd: Path | None = None, **env: str) -> Done:
+def shell(*argv: str, timeout: float = 400, cwd: Path | None = None, **env: str) -> Done:
     """Run the command in its own process to its end."""
     done = subprocess.run(
         command(*argv), capture_output=True, text=True, timeout=timeout, cwd=cwd, env=environment(**env), check=False
@@ -58,7 +58,7 @@ def kill_tree(process: subprocess.Popen[bytes]) -> None:
     for pid in family:
         _signal(pid, signal.SIGKILL)
     process.wait()
-    until(lambda: not any(_alive(pid) for pid in family[1:]), process=None, limit=20)
+    until(lambda: not any(_alive(pid) for pid in family[1:]), process=None)
 
 
 def descendants(pid: int) -> list[int]:
@@ -83,7 +83,7 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def until(happened: Callable[[], bool], *, process: subprocess.Popen[bytes] | None, limit: float = 240) -> bool:
+def until(happened: Callable[[], bool], *, process: subprocess.Popen[bytes] | None, limit: float = 480) -> bool:
     """Wait for `happened`; False when the process ended before."""
     end = time.monotonic() + limit
     while not happened():
