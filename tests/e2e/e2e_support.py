@@ -129,6 +129,15 @@ def python_reward(path: Path, body: str) -> str:
     return f"reward.python.path={path}:score"
 
 
+VALUES = "values = [sum(map(ord, r)) % 7 / 7 for r in responses]"
+
+
+def held(run: Path, hold: Path) -> str:
+    """The body of a reward that stands still after the first step of `run` while `hold` exists: a moment to be stopped in."""
+    begun = f"os.path.exists('{run}/metrics.jsonl') and os.path.getsize('{run}/metrics.jsonl')"
+    return f"while os.path.exists('{hold}') and {begun}: time.sleep(0.05)\n    {VALUES}"
+
+
 # ---- looking at runs ----
 
 

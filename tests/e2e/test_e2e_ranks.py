@@ -116,9 +116,10 @@ def test_ctrl_c_while_loading(tmp_path: Path) -> None:
     assert f"go on with: rlhf resume {run}" in log.read_text()
 
 
-def test_uneven_data_does_not_hang_zero_3(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", [2, 3])
+def test_uneven_data_does_not_hang(stage: int, tmp_path: Path) -> None:
     """One prompt on two ranks leaves one of them without rows; three held-out prompts do not divide by two."""
-    more = ("hardware.processes=2", "hardware.zero=3", "batch.prompts=1", "batch.samples=3", "eval.prompts=3")
+    more = ("hardware.processes=2", f"hardware.zero={stage}", "batch.prompts=1", "batch.samples=3", "eval.prompts=3")
     done = e2e.shell(*words(tmp_path, "uneven", "pass", *more, "gates.constant_steps=50"))
     assert done.code == 0, done.out + done.err
     assert [r["count/groups"] for r in e2e.jsonl(tmp_path / "uneven" / "metrics.jsonl")] == [1, 1]

@@ -15,13 +15,12 @@ from pathlib import Path
 import e2e_support as e2e
 import pytest
 import slurm_cluster
-from e2e_support import TINY, Done
+from e2e_support import TINY, VALUES, Done, held
 
 ABSENT = slurm_cluster.absent()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(ABSENT), reason=ABSENT)]
 SLURM = ("launcher=slurm", "hardware=cpu")
 RANKS = ("hardware.processes=2", "hardware.zero=2")
-VALUES = "values = [sum(map(ord, r)) % 7 / 7 for r in responses]"
 SLOW = f"time.sleep(0.3); {VALUES}"  # a moment to be stopped in
 STEPS = 4
 
@@ -70,12 +69,6 @@ def wait_over(run: Path, slurm: dict[str, str]) -> None:
 
 def rows(run: Path) -> int:
     return len(e2e.jsonl(run / "metrics.jsonl"))
-
-
-def held(run: Path, hold: Path) -> str:
-    """The body of a reward that stands still after the first step as long as `hold` exists: a moment to be stopped in."""
-    begun = f"os.path.exists('{run}/metrics.jsonl') and os.path.getsize('{run}/metrics.jsonl')"
-    return f"while os.path.exists('{hold}') and {begun}: time.sleep(0.05)\n    {VALUES}"
 
 
 def reward(place: Path, body: str = SLOW) -> list[str]:
