@@ -43,7 +43,7 @@ def main() -> None:
     job, answers = Job.loads(sys.argv[1]), Answers()
     from rlhf_cli.launch.local import calm
 
-    calm(job.threads)
+    calm(job.threads, alone=True)
     import torch
 
     torch.set_num_threads(job.threads)

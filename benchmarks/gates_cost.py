@@ -68,7 +68,7 @@ def main() -> None:
     job, answers = Job.loads(sys.argv[1]), Answers()
     from rlhf_cli.launch.local import calm, launch
 
-    calm(job.threads)
+    calm(job.threads, alone=True)
     from rlhf_cli.compose import compose
 
     clock = Clock()

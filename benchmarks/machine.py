@@ -111,7 +111,7 @@ def main() -> None:
     from rlhf_cli.launch.local import calm
 
     job, answers = Job.loads(sys.argv[1]), Answers()
-    calm(job.threads)
+    calm(job.threads, alone=True)
     import torch
     from flops import decoder
     from transformers import AutoConfig

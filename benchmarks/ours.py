@@ -67,17 +67,19 @@ def make(job: Job, record: Any) -> tuple[Any, Any, Any]:
     """(Run, Parts, configuration) of a job, as `rlhf train` builds them."""
     from rlhf_cli.launch.local import calm
 
-    calm(job.threads)
+    calm(job.threads, alone=True)
     import torch
     from omegaconf import OmegaConf
 
     from rlhf_cli.compose import compose
     from rlhf_cli.engine import comm
+    from rlhf_cli.engine.memory import keep_freed_memory
     from rlhf_cli.hardware import resolve_hardware
     from rlhf_cli.wiring import make_run
 
     cfg = compose("train", overrides(job), None)
     OmegaConf.update(cfg, "hardware", resolve_hardware(cfg), merge=True)
+    keep_freed_memory()
     torch.set_num_threads(job.threads)
     torch.manual_seed(cfg.seed)
     device = torch.device(job.device, *([0] if job.device == "cuda" else []))

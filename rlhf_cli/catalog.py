@@ -26,7 +26,9 @@ from rlhf_cli.signature import source_file
 GROUPS: dict[str, str] = {
     "model": "the model that is trained",
     "dataset": "prompts, pairs, rankings or demonstrations",
+    "environment": "the other party of a dialogue of several turns",
     "reward": "what a response is worth; reward=[a,b] adds several",
+    "combine": "how several rewards become one",
     "shaping": "what is added to or taken from the reward, such as a KL penalty",
     "select": "which rows and pairs are trained on",
     "credit": "how rewards become advantages",

@@ -15,7 +15,7 @@ from rlhf_cli.config import nearest
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.rollout.backends import BACKENDS, require
 
-SWITCHES = ("shuffled_reward",)  # of `debug`
+SWITCHES = ("shuffled_reward", "stand_ins")  # of `debug`
 
 
 AT_LEAST = {
@@ -23,11 +23,13 @@ AT_LEAST = {
     "batch.samples": 1,
     "batch.epochs": 1,
     "batch.minibatches": 1,
+    "batch.resample": 1,
     "rollout.max_tokens": 1,
     "rollout.min_tokens": 0,
     "rollout.temperature": 0,
     "rollout.top_k": 0,
     "rollout.rows": 0,
+    "dataset.hardest": 0,
     "steps": 0,
     "model.lora.r": 0,
     "optim.lr": 0,
@@ -71,6 +73,7 @@ def check_numbers(cfg: Any) -> None:
         ("rollout.vllm.mode", cfg.rollout.vllm.mode, ("inprocess", "server")),
         ("rollout.vllm.transfer", cfg.rollout.vllm.transfer, ("auto", "files", "ipc", "nccl")),
         ("rollout.vllm.sleep", cfg.rollout.vllm.sleep, (0, 1, 2)),
+        ("dataset.band", cfg.dataset.band, ("hardest", "medium", "easiest", "random")),
         ("optim.schedule", cfg.optim.schedule, ("constant", "linear", "cosine")),
         *(("debug", switch, SWITCHES) for switch in cfg.debug),
     ):

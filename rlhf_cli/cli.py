@@ -20,7 +20,7 @@ from rlhf_cli.usage import VERBS, main_help, verb_help
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-WORKING = ("train", "resume", "eval", "generate", "score")  # verbs that do more than print
+WORKING = ("train", "resume", "eval", "generate", "score", "merge")  # verbs that do more than print
 DONE, WRONG_INPUT, GATE, INTERRUPTED = 0, 2, 3, 130
 
 
@@ -141,7 +141,7 @@ def inherited(cfg: DictConfig, words: list[str]) -> DictConfig:
     from rlhf_cli.config import load_config
     from rlhf_cli.override import inherit
 
-    return inherit(cfg, load_config(Path(cfg.model.path)), words, ("dataset", "reward", "rollout"))
+    return inherit(cfg, load_config(Path(cfg.model.path)), words, ("dataset", "reward", "environment", "rollout"))
 
 
 def run_verb(request: Request, words: list[str] | None = None) -> int:
@@ -157,6 +157,12 @@ def compare(request: Request) -> int:
     from rlhf_cli.report.compare import main as compared
 
     return compared(request.words)
+
+
+def merge(request: Request) -> int:
+    from rlhf_cli.models.soup import main as merged
+
+    return merged(request.words)
 
 
 def list_options(request: Request) -> int:
@@ -244,6 +250,7 @@ RUN: dict[str, Callable[[Request], int]] = {
     "generate": on_model,
     "score": run_verb,
     "compare": compare,
+    "merge": merge,
     "list": list_options,
     "show": show,
     "plan": plan,

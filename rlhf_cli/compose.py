@@ -25,18 +25,21 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
-from rlhf_cli import catalog
-from rlhf_cli.config import LearnerSection, nearest, schema
+from rlhf_cli import catalog, standins
+from rlhf_cli.config import FrozenSection, LearnerSection, nearest, schema
 from rlhf_cli.errors import ConfigError
 
+NAMED: dict[str, type] = {"learners": LearnerSection, "frozen": FrozenSection}  # sections by names of the user's
 VERSION = "1.3"  # Hydra's defaults are those of this release
 FAULTS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
 OPEN = (
     "dataset.columns.",
     "hardware.deepspeed.",
     "rollout.vllm.engine.",
+    "combine.thresholds.",
     "launcher.sbatch.",
     "debug.",
+    "judge.extra.",
 )  # sections whose keys the schema leaves open
 
 
@@ -66,6 +69,7 @@ def finish(cfg: DictConfig, choices: Mapping[str, Any], groups: Iterable[str]) -
     # Hydra reports no choice for a list of options; its nodes are keyed by option.
     several = {g: "+".join(map(str, cfg[g])) for g in groups if g not in choices and isinstance(cfg.get(g), DictConfig)}
     cfg.names = {g: str(name) for g in order if (name := choices.get(g) or several.get(g))}
+    standins.fill(cfg)
     return cfg
 
 
@@ -134,11 +138,8 @@ def check_overrides(
     asked = [parse_override(text) for text in overrides]
     known, default = catalog.groups(config_dir), catalog.defaults(config_name)
     kept: list[Override] = []
-    twice = [
-        o
-        for i, o in enumerate(asked)
-        if o.key_or_group in known and o.key_or_group in {p.key_or_group for p in asked[:i]}
-    ]
+    places = [(o.key_or_group, o.package) for o in asked]  # reduce@one.place and reduce@another are two choices
+    twice = [o for i, o in enumerate(asked) if o.key_or_group in known and places[i] in places[:i]]
     if twice and not sweep:
         group = twice[0].key_or_group
         both = ",".join(p.input_line.partition("=")[2] for p in asked if p.key_or_group == group and p.input_line)
@@ -159,8 +160,8 @@ def check_overrides(
 
 def check_learner(o: Override) -> None:
     parts = o.key_or_group.split(".")
-    if parts[0] == "learners" and len(parts) == 3 and catalog.field_of(o.key_or_group) is None:
-        names = [f.name for f in dataclasses.fields(LearnerSection)]
+    if parts[0] in NAMED and len(parts) == 3 and catalog.field_of(o.key_or_group) is None:
+        names = [f.name for f in dataclasses.fields(NAMED[parts[0]])]
         raise ConfigError(f"{o.key_or_group}: unknown key{nearest(parts[2], names) or '; it has ' + ', '.join(names)}")
 
 
@@ -177,14 +178,16 @@ def _line(o: Override, terms: tuple[str, ...] = ()) -> str:
     if o.package or o.is_add() or o.is_force_add() or o.is_delete():
         return text
     value = text.partition("=")[2]
-    if key.startswith("learners.") and key.count(".") == 2 and not o.is_sweep_override():
-        _, learner, name = key.split(".")  # a learner is a typed section, which only a merge from above can create
-        return f"++learners={{{learner}: {{{name}: {value or repr('')}}}}}"
+    parts = key.split(".")
+    if parts[0] in NAMED and len(parts) > 2 and not o.is_sweep_override():
+        # a typed section under a name of the user's, which only a merge from above can create
+        return f"++{parts[0]}={{{': {'.join(parts[1:])}: {value or repr('')}{'}' * (len(parts) - 1)}"
     column = key.removeprefix("dataset.columns.")
     if column != key and "." in column and not o.is_sweep_override():
         return f"++dataset.columns={{{column}: {value or repr('')}}}"
     whole_term = key.startswith("updates.") and key.count(".") == 2 and isinstance(o.value(), dict)
-    return f"++{text}" if key.startswith((*OPEN, *terms)) or whole_term else text
+    parts = key.startswith("reward.") and ".parts" in key  # of a reward, which no option lists
+    return f"++{text}" if key.startswith((*OPEN, *terms)) or whole_term or parts else text
 
 
 def parse_override(text: str) -> Override:

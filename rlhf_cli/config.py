@@ -1,19 +1,13 @@
-"""The typed root of every configuration, and `build`: from a node with `_target_` to a callable with its settings bound."""
+"""The typed root of every configuration; `build` and what goes with it lie in `nodes.py`."""
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import os
-import sys
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, make_dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rlhf_cli.errors import ConfigError
-from rlhf_cli.signature import PACKAGE, REQUIRED, Param, Signature, signature
+from rlhf_cli.nodes import build, check_node, nearest
 
 __all__ = ["ConfigError", "build", "check_node", "nearest", "schema"]
 
@@ -37,6 +31,7 @@ class BatchSection:
     samples: int = 8  # responses per prompt
     epochs: int = 1  # passes over a step's rows
     minibatches: int = 1  # optimizer steps per pass; whole groups each
+    resample: int = 1  # rollouts a step may take until batch.prompts groups survive select; 1: it is smaller then
 
 
 @dataclass
@@ -85,10 +80,27 @@ class GatesSection:
 
 
 @dataclass
+class DetectorsSection:
+    """Signs of reward hacking, logged under hack/; a limit that is given stops the run. See docs/gates.md."""
+
+    enabled: bool = True  # log them
+    rows: int = 32  # responses of a step whose tokens are looked at
+    steps: int = 5  # steps in a row beyond a limit before the run stops
+    length_corr: float | None = None  # limit of |rank correlation of score and length| over the batch; empty: none
+    length_corr_within: float | None = None  # the same inside groups, their mean
+    repeated: float | None = None  # limit of repeated trigrams in a response, of all, 0 to 1
+    copied: float | None = None  # limit of the longest piece copied from the prompt, of the response, 0 to 1
+    alike: float | None = None  # limit of trigrams that the responses to one prompt share, of all, 0 to 1
+    zero_variance: float | None = None  # limit of groups whose scores are all equal, 0 to 1
+    format_share: float | None = None  # limit of the part of the reward that form alone earns, 0 to 1
+    truncated: float | None = None  # limit of truncated responses, 0 to 1
+
+
+@dataclass
 class LearnerSection:
     """A trained model: its head, where it starts, its own learning rate."""
 
-    head: str = "policy"  # policy (next-token log-probs) | value (a number per token) | score (a number per row)
+    head: str = "policy"  # policy (next-token log-probs) | value (a number per token) | policy_value (both) | score (a number per row)
     path: str = ""  # folder or run to start from; empty: `model`
     lr: float | None = None  # empty: optim.lr
     starts_at: int = 0  # first step at which it is updated
@@ -105,13 +117,39 @@ class LoraSection:
 
 
 @dataclass
+class RefreshSection:
+    """How a model that is only read follows the policy."""
+
+    every: int = 0  # steps between refreshes by the policy's weights; 0: it stays as it was loaded
+    decay: float = 0.0  # share of its own weights that a refresh keeps; 0 copies the policy, 0.99 is a slow average
+
+
+@dataclass
+class SoupSection:
+    """model.reference=soup: the weight average of the model and another one."""
+
+    path: str = ""  # the other model: a folder, a run or a Hub id
+    weight: float = 0.5  # share of the other model
+
+
+@dataclass
+class FrozenSection:
+    """A language model that is only read; frozen.NAME gives the column NAME_logp."""
+
+    path: str = ""  # a folder, a run or a Hub id; initial: the policy as it was before training
+    refresh: RefreshSection = field(default_factory=RefreshSection)
+
+
+@dataclass
 class ModelSection:
     """The model that is trained, and its reference."""
 
     path: str = ""  # a Hugging Face folder, a run, or a Hub id
     source: str = "auto"  # auto (path decides) | smollm2 (packaged weights) | tiny (random)
     revision: str = ""  # Hub revision
-    reference: str = "auto"  # auto (the initial policy; the disabled adapter under LoRA) | a folder, a run or a Hub id
+    reference: str = "auto"  # auto (the initial policy; under LoRA the disabled adapter) | soup | a path as above
+    soup: SoupSection = field(default_factory=SoupSection)
+    refresh: RefreshSection = field(default_factory=RefreshSection)  # of the reference
     trust_remote_code: bool = False  # run code that a model repository ships
     checkpointing: bool = False  # recompute activations in the backward pass
     packing: bool = True  # share prompts and drop padding inside a forward
@@ -127,7 +165,7 @@ class DatasetSection:
     path: str = ""  # file (train split), or Hub id
     heldout: str = ""  # file, or Hub split, of the held-out records; empty: `heldout_fraction` of the train records
     heldout_fraction: float = 0.1  # cut off by a hash of the prompt, so that it never depends on order or seed
-    name: str = ""  # Hub configuration
+    name: str = ""  # Hub configuration, or the data set of format=packaged (empty: quickstart)
     split: str = "train"  # Hub split
     revision: str = ""  # Hub revision
     shape: str = "prompts"  # prompts | pairs | rankings | thumbs | demonstrations
@@ -137,6 +175,8 @@ class DatasetSection:
     template: str = "{prompt}"  # text of the user turn
     chat: bool = True  # render with the tokenizer's chat template
     limit: int = 0  # use only the first N records; 0: all
+    hardest: int = 0  # train only on so many prompts, chosen by what the initial policy scores on them; 0: on all
+    band: str = "hardest"  # which: hardest (lowest scores) | medium (the window in the middle) | easiest | random
     max_prompt_tokens: int = 512  # longer prompts are an error before training
     max_response_tokens: int = 2048  # longer recorded responses are an error before training
 
@@ -179,6 +219,15 @@ class VllmSection:
 
 
 @dataclass
+class MaskSection:
+    """Tokens that may be drawn: the best ones of another model. Ramamurthy et al., arXiv:2210.01241 (NLPO)."""
+
+    model: str = ""  # name of a model in `frozen`; empty: every token
+    top_p: float = 0.9  # mass of its best tokens; the token that crosses it may be drawn
+    min_tokens: int = 100  # best tokens that may be drawn in any case, besides the special ones
+
+
+@dataclass
 class RolloutSection:
     """How responses are drawn."""
 
@@ -190,6 +239,7 @@ class RolloutSection:
     top_k: int = 0  # best tokens kept; 0: all
     stop: list[str] = field(default_factory=list)  # texts that end a response
     rows: int = 0  # rows decoded at a time; 0: by memory
+    mask: MaskSection = field(default_factory=MaskSection)
     vllm: VllmSection = field(default_factory=VllmSection)
 
 
@@ -199,6 +249,37 @@ class RewardWorkersSection:
 
     processes: int = 0  # per rank; 0: half the cores, shared by the ranks, at most 16; -1: none, score in the run's own process without time-outs
     timeout: float = 30.0  # seconds per response; a worker that takes longer is killed, and the score is missing
+
+
+@dataclass
+class PrepassSection:
+    """Responses of the initial policy to every training prompt, where a stage compares with them; see docs/shaping.md."""
+
+    samples: int = 10  # responses per training prompt
+    path: str = ""  # a run, or its prepass.jsonl, whose responses and scores are used instead; empty: made before the first step
+
+
+@dataclass
+class JudgeSection:
+    """The model that rewards such as reward=judge ask; see docs/judges.md."""
+
+    backend: str = "openai"  # openai (an endpoint that speaks its protocol) | transformers (a model in this process) | rule (a stand-in without a model)
+    url: str = ""  # base URL of the endpoint, e.g. http://127.0.0.1:8000/v1
+    model: str = ""  # openai: its name there; transformers: a folder, a run, a Hub id or smollm2; rule: hash | length
+    meta_model: str = ""  # openai: the one that rewrites rubrics; empty: model
+    key_env: str = "OPENAI_API_KEY"  # environment variable that holds the key, which stands nowhere else
+    concurrency: int = 16  # requests at a time, per rank
+    timeout: float = 60.0  # seconds per request
+    retries: int = 5  # further attempts after a time-out, a lost connection, status 429 or 5xx, with growing pauses
+    cache: str = "run"  # of replies: run (inside the run directory) | none | a folder that several runs share
+    temperature: float = 0.0  # of the judge's replies
+    max_tokens: int = 512  # of a reply; 0 leaves it to the endpoint
+    structured: bool = True  # send the JSON schema of the reply; false for endpoints that refuse response_format
+    device: str = "auto"  # transformers: auto (the run's) | cpu | cuda
+    dtype: str = "fp32"  # transformers: fp32 | bf16
+    extra: dict[str, Any] = field(
+        default_factory=dict
+    )  # more fields of every request, e.g. judge.extra.reasoning_effort=low
 
 
 @dataclass
@@ -232,15 +313,21 @@ class Root:
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     eval: EvalSection = field(default_factory=EvalSection)
     gates: GatesSection = field(default_factory=GatesSection)
+    detectors: DetectorsSection = field(default_factory=DetectorsSection)
     model: ModelSection = field(default_factory=ModelSection)
     dataset: DatasetSection = field(default_factory=DatasetSection)
     hardware: HardwareSection = field(default_factory=HardwareSection)
     rollout: RolloutSection = field(default_factory=RolloutSection)
     sweep: SweepSection = field(default_factory=SweepSection)
     learners: dict[str, LearnerSection] = field(default_factory=dict)
+    frozen: dict[str, FrozenSection] = field(default_factory=dict)
     source: Any = None  # conf/source
+    environment: Any = None  # conf/environment: the other party of a dialogue; empty: single responses
     reward: Any = None  # conf/reward: name -> scorer with a weight
     reward_workers: RewardWorkersSection = field(default_factory=RewardWorkersSection)
+    combine: Any = None  # conf/combine: how several rewards become one; empty: their weighted sum
+    prepass: PrepassSection = field(default_factory=PrepassSection)
+    judge: JudgeSection = field(default_factory=JudgeSection)
     shaping: Any = None  # conf/shaping: name -> function
     select: Any = None  # conf/select
     credit: Any = None  # conf/credit
@@ -266,90 +353,3 @@ def load_config(path: Path) -> Any:
     from omegaconf import OmegaConf
 
     return OmegaConf.merge(schema(), OmegaConf.load(path / "config.yaml"))
-
-
-def nearest(word: str, allowed: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for a likely typo, or an empty string."""
-    match = difflib.get_close_matches(word, [str(a) for a in allowed], n=1, cutoff=0.6)
-    return f"; did you mean {match[0]!r}?" if match else ""
-
-
-def check_node(
-    node: Mapping[str, Any], key: str, *, allow: Iterable[str] = (), reserved: Iterable[str] = ()
-) -> tuple[Signature, dict[str, Any]]:
-    """Check a node's target, names and types without importing the target. Returns its signature and converted settings.
-
-    `key` is the node's place in the config, for messages; `reserved` keys belong to the caller and are left out.
-    """
-    settings = {str(k): v for k, v in node.items()}
-    target = settings.pop("_target_", None)
-    if not isinstance(target, str):
-        raise ConfigError(f"{key}: has no _target_; pick an option of that group instead (rlhf list)")
-    module = target.rpartition(".")[0]
-    if not any(module == a or module.startswith(a + ".") for a in (PACKAGE, *allow)):
-        raise ConfigError(
-            f"{key}._target_: {target} is outside {PACKAGE}; allow its module with allow_targets=[{module}]"
-        )
-    if module.partition(".")[0] != PACKAGE and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # the user's module lies where the command is typed
-    sig = signature(target)
-    for name in reserved:
-        settings.pop(name, None)
-    for name in settings:
-        if name not in sig.params:
-            allowed = ", ".join(sig.params) or "no settings"
-            raise ConfigError(
-                f"{key}.{name}: unknown; {target.rpartition('.')[2]} takes {allowed}{nearest(name, sig.params)}"
-            )
-    absent = [p.name for p in sig.params.values() if p.default is REQUIRED and p.name not in settings]
-    if absent:
-        raise ConfigError(f"{key}.{absent[0]}: missing; type {key}.{absent[0]}=VALUE ({sig.params[absent[0]].type})")
-    return sig, _convert(settings, sig.params, key)
-
-
-def build(
-    node: Mapping[str, Any], key: str, *, allow: Iterable[str] = (), reserved: Iterable[str] = ()
-) -> Callable[..., Any]:
-    """The node's target with its settings bound: `functools.partial` of a function, or an instance of a class."""
-    sig, settings = check_node(node, key, allow=allow, reserved=reserved)
-    module, _, name = sig.target.rpartition(".")
-    made = getattr(importlib.import_module(module), name)
-    return made(**settings) if isinstance(made, type) else partial(made, **settings)
-
-
-_SCALARS: dict[str, type] = {"float": float, "int": int, "bool": bool, "str": str}
-
-
-def _convert(settings: dict[str, Any], params: Mapping[str, Param], key: str) -> dict[str, Any]:
-    """Convert settings to their annotated types by OmegaConf's rules (1 is a float, 'abc' is not)."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    done: dict[str, Any] = {}
-    for name, value in settings.items():
-        p = params[name]
-        if p.choices and value not in p.choices:
-            allowed = ", ".join(map(str, p.choices))
-            raise ConfigError(
-                f"{key}.{name}: {value!r} is not allowed; choose one of {allowed}{nearest(str(value), map(str, p.choices))}"
-            )
-        typed = make_dataclass("Node", [(name, _type(p.type), field(default=None))])  # type: ignore[arg-type]
-        try:
-            made = OmegaConf.merge(OmegaConf.structured(typed), {name: value})
-            done[name] = OmegaConf.to_container(made, resolve=True)[name]  # type: ignore[index,call-overload]
-        except OmegaConfBaseException as e:
-            raise ConfigError(f"{key}.{name}: {str(e).splitlines()[0]} (wanted: {p.type})") from None
-        if value is None and "None" not in p.type and p.type in _SCALARS:
-            raise ConfigError(f"{key}.{name}: must not be empty (wanted: {p.type})")
-    return done
-
-
-def _type(text: str) -> Any:
-    base = (
-        text.replace(" | None", "").replace("Optional[", "").rstrip("]")
-        if "[" not in text
-        else text.replace(" | None", "")
-    )
-    if base in _SCALARS:
-        return _SCALARS[base] | None
-    return Any

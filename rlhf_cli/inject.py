@@ -29,10 +29,10 @@ def call(fn: Callable[..., Any], exp: Experience, outs: Mapping[str, Tensor] | N
     Raises ValueError naming the absent columns and those this run provides.
     """
     outs = outs or {}
-    args = {name: outs[name] if name in outs else getattr(exp, name, None) for name in needs(fn)}
+    args = {name: outs[name] if name in outs else exp.get(name) for name in needs(fn)}
     absent = sorted(name for name, value in args.items() if value is None)
     if absent:
-        have = sorted(set(outs) | {c for c in COLUMNS if getattr(exp, c) is not None})
+        have = sorted(set(outs) | {c for c in COLUMNS if getattr(exp, c) is not None} | set(exp.named))
         raise ValueError(f"{name_of(fn)} needs {absent}; this run provides {have}")
     return fn(**args)
 

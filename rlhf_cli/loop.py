@@ -22,6 +22,7 @@ def train(run: Run) -> None:
                     if step >= update.starts_at:
                         stats.setdefault(name, []).append(run.engines[name].step(batch, update, lr=run.lr(name, step)))
         run.check(step, exp, stats)
+        run.follow(step + 1)
         run.source.publish(step + 1)
         run.record.step(step, exp, stats)
         if run.after(step + 1):

@@ -3,49 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
+from rlhf_cli import frozen, plan_reward, standins
 from rlhf_cli.checks import check_numbers
 from rlhf_cli.config import check_node, nearest
+from rlhf_cli.environments import section as dialogue
 from rlhf_cli.errors import ConfigError
+from rlhf_cli.flow import Plan, Stage
 from rlhf_cli.signature import Signature
 
 BASE = ("ids", "attention", "mask", "group", "version")
 SAMPLED = ("truncated", "behavior_logp")
-HEADS = {"policy": ("logp", "entropy"), "value": ("value_new",), "score": ("score_new",)}
+HEADS = {
+    "policy": ("logp", "entropy"),
+    "policy_value": ("logp", "entropy", "value_new"),
+    "value": ("value_new",),
+    "score": ("score_new",),
+}
+"""Head -> what its forward returns."""
 TERM_KEYS = ("objective", "reduce", "coef")
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage of the flow: what it takes and what it makes."""
-
-    name: str
-    does: str
-    needs: frozenset[str] = frozenset()
-    gives: tuple[str, ...] = ()
-
-
-@dataclass
-class Plan:
-    """Everything that follows from a configuration without loading a weight."""
-
-    source: str  # sampled | recorded
-    stages: list[Stage] = field(default_factory=list)
-    learners: dict[str, str] = field(default_factory=dict)  # trained model -> head
-    models: dict[str, str] = field(default_factory=dict)  # loaded model -> why
-    annotate: tuple[str, ...] = ()  # columns filled from models
-    notes: list[str] = field(default_factory=list)
 
 
 def validate(cfg: Any) -> Plan:
     """Walk the stages in order; every column a stage takes must have been made by an earlier one. Raises ConfigError in one sentence."""
     check_numbers(cfg)
+    frozen.check(cfg)
     plan = Plan(source=source_kind(cfg))
+    dialogue.check(cfg, plan.source)
     have = set(BASE)
     _source(cfg, plan, have)
-    _scorers(cfg, plan, have)
+    plan_reward.scorers(cfg, plan, have)
+    plan.notes += standins.notes(cfg)
     _select(cfg, plan, have)
     terms = list(_terms(cfg))
     if not terms:
@@ -82,6 +71,8 @@ def validate(cfg: Any) -> Plan:
             extra=learner,
         )
     _unused(plan, terms)
+    if plan.source == "sampled":
+        plan_reward.check_spans(cfg, read=any("reward" in s.needs for s in plan.stages))
     return plan
 
 
@@ -126,10 +117,20 @@ def _stage(
     have.update(gives or sig.gives)
 
 
+SOURCE_ONLY = {
+    **dict.fromkeys(("gap", "category"), "a reward brings it: type reward=[by_category,clause_distance]"),
+    "hardness": "a reward brings it: type reward=[by_category,clause_distance]",
+    "turn_reward": "only the turns of a dialogue have one: type environment=NAME (rlhf list environment)",
+    "baseline": "it is the score of a greedy response, and recorded rows have none: type source=sampled",
+    "behavior_logp": "recorded rows were not drawn by this policy: type source=sampled",
+}
+"""Column that only some sources have -> why it is absent."""
+
+
 def _why_absent(cfg: Any, plan: Plan, column: str, learner: str) -> str:
     if column == "pairs":
         return "no stage makes pairs: choose a dataset with preferences (dataset=preferences), or a reward and select=best_vs_worst"
-    if column in ("score", "reward"):
+    if column in ("score", "reward", *plan_reward.REFERENCE):
         return (
             "no reward gives a score: type reward=bleu (rlhf list reward)"
             if plan.source == "sampled"
@@ -141,29 +142,26 @@ def _why_absent(cfg: Any, plan: Plan, column: str, learner: str) -> str:
         return f"learner {learner!r} has no score head: set learners.{learner}.head=score"
     if column in ("advantage", "returns"):
         return "no credit rule gives it: type credit=group_norm (rlhf list credit)"
-    if column == "behavior_logp":
-        return "recorded rows were not drawn by this policy: type source=sampled"
+    if column in SOURCE_ONLY:
+        return SOURCE_ONLY[column]
     if column in ("label", "margin", "pair_weight"):
         return f"the dataset has no {column}: map it with dataset.columns"
-    if column in ("logp", "entropy", "old_logp", "ref_logp"):
+    if column in ("logp", "entropy", "old_logp", "ref_logp", "full_logp"):
         return "it comes from a policy, and no policy is loaded"
-    return f"no stage makes it{nearest(column, (*BASE, *SAMPLED))}"
+    other = f"no stage makes it{nearest(column, (*BASE, *SAMPLED))}"
+    return frozen.absent(column) if column.endswith(frozen.SUFFIX) else other
 
 
 def _source(cfg: Any, plan: Plan, have: set[str]) -> None:
     gives = _dataset_gives(cfg)
     where = cfg.dataset.path or cfg.dataset.format
     if plan.source == "sampled":
-        have.update(SAMPLED)
-        plan.models["policy"] = "answers the prompts"
-        plan.stages.append(
-            Stage(
-                "source",
-                f"sample {cfg.batch.samples} responses to each prompt of {where}",
-                frozenset(),
-                (*BASE, *SAMPLED),
-            )
-        )
+        talks = dialogue.chosen(cfg)
+        made = (*SAMPLED, *(("turn_reward",) if talks else ()))
+        have.update(made)
+        plan.models |= {"policy": "answers the prompts", **dialogue.models(cfg)}
+        does = dialogue.does(cfg) if talks else f"sample {cfg.batch.samples} responses to each prompt of {where}"
+        plan.stages.append(Stage("source", does, frozenset(), (*BASE, *made)))
         return
     if not gives & {"responses", "references"}:
         raise ConfigError(
@@ -174,27 +172,6 @@ def _source(cfg: Any, plan: Plan, have: set[str]) -> None:
     plan.stages.append(Stage("source", f"read recorded responses of {where}", frozenset(), (*BASE, *made)))
     if cfg.reward:
         plan.notes.append(f"reward={','.join(cfg.reward)} is not used: the responses are recorded, not sampled")
-
-
-def _scorers(cfg: Any, plan: Plan, have: set[str]) -> None:
-    if plan.source != "sampled":
-        return
-    for name, node in (cfg.reward or {}).items():
-        sig = _check(cfg, node, f"reward.{name}", reserved=("weight",))
-        if sig.flags.get("needs_references") and "references" not in _dataset_gives(cfg):
-            raise ConfigError(
-                f"reward={name} compares with references, and this dataset maps none; type dataset.columns.references=COLUMN, or another reward"
-            )
-        if "path" in sig.params and not node.get("path"):
-            raise ConfigError(
-                f"reward.{name}.path is empty; type reward.{name}.path={sig.flags.get('path_is', 'FILE')}"
-            )
-        plan.stages.append(
-            Stage(f"reward.{name}", f"{_short(sig)} x {float(node.get('weight', 1.0)):g}", frozenset(), ("score",))
-        )
-        have.add("score")
-        if sig.flags.get("loads_model"):
-            plan.models[f"reward.{name}"] = f"scores responses ({node['path']})"
 
 
 def _select(cfg: Any, plan: Plan, have: set[str]) -> None:
@@ -270,7 +247,7 @@ def _annotate(cfg: Any, plan: Plan, have: set[str], wanted: frozenset[str]) -> N
             )
         plan.learners[name] = section.head
         plan.models[name] = "trained" + (f"; {plan.models[name]}" if name in plan.models else "")
-    policy = plan.learners.get("policy") == "policy" or plan.source == "sampled"
+    policy = "logp" in HEADS.get(plan.learners.get("policy", ""), ()) or plan.source == "sampled"
     filled = []
     if "old_logp" in wanted and "policy" in plan.learners:
         have.add("old_logp")
@@ -278,12 +255,24 @@ def _annotate(cfg: Any, plan: Plan, have: set[str], wanted: frozenset[str]) -> N
             filled.append("old_logp")
         else:
             plan.notes.append("old_logp is the update's own log-prob: one update per rollout is on-policy")
+    if "baseline" in wanted and plan.source == "sampled":
+        have.add("baseline")
+        plan.greedy = True
+        does = "the score of a greedy response to every prompt, which is not trained"
+        plan.stages.append(Stage("baseline", does, frozenset({"score"}), ("baseline",)))
     if "ref_logp" in wanted and policy:
         have.add("ref_logp")
         filled.append("ref_logp")
-        own = "the disabled adapter" if cfg.model.lora.r else "a frozen copy of the initial policy"
-        plan.models["reference"] = f"gives ref_logp: {own if cfg.model.reference == 'auto' else cfg.model.reference}"
-    critics = [n for n, head in plan.learners.items() if head == "value"]
+        plan.models["reference"] = frozen.reference(cfg)
+    own = ["full_logp"] if "full_logp" in wanted and "policy" in plan.learners else []
+    have.update(own)
+    filled += own
+    frozen.refuse_idle(cfg, wanted, trained="logp" in HEADS.get(plan.learners.get("policy", ""), ()))
+    plan.models |= {name: frozen.described(cfg, name) for name in cfg.frozen}
+    named = [column for column in frozen.columns(cfg) if column in wanted]
+    have.update(named)
+    filled += named
+    critics = [n for n, head in plan.learners.items() if "value_new" in HEADS[head]]
     if "value" in wanted and critics:
         have.add("value")
         filled.append("value")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_cli.types import Selection
+from rlhf_cli.types import Narrowed, Selection
 
 
 def gives(*columns: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -68,6 +68,33 @@ def drop_zero_variance(score: Tensor, group: Tensor) -> Selection:
     return Selection(keep, None, _dropped(len(score) - len(keep), len(g.size) - kept_groups))
 
 
+@gives("mask")
+def mask_truncated(mask: Tensor, truncated: Tensor) -> Narrowed:
+    """Keep every row in its group's statistics, and take the truncated ones out of the loss: overlong filtering.
+
+    See Yu et al., "DAPO: An Open-Source LLM Reinforcement Learning System at Scale", arXiv:2503.14476, section 3.4.
+
+    Args:
+        mask: trained tokens, [N, T] bool
+        truncated: reached the token limit before EOS or a stop, [N] bool
+    """
+    return Narrowed(mask & ~truncated[:, None], stats={"masked_rows": float(truncated.sum())})
+
+
+@gives("mask")
+def drop_zero_variance_mask_truncated(score: Tensor, group: Tensor, mask: Tensor, truncated: Tensor) -> Narrowed:
+    """`drop_zero_variance`, and `mask_truncated` on what stays.
+
+    Args:
+        score: task score of each row, [N]
+        group: rows of one prompt share it, [N] int64
+        mask: trained tokens, [N, T] bool
+        truncated: reached the token limit before EOS or a stop, [N] bool
+    """
+    dropped, masked = drop_zero_variance(score, group), mask_truncated(mask, truncated)
+    return Narrowed(masked.mask, dropped.keep, stats={**dropped.stats, **masked.stats})
+
+
 def best_of_n(score: Tensor, group: Tensor) -> Selection:
     """Keep the best row of each group, the first one of equals.
 
@@ -111,6 +138,21 @@ def all_pairs(score: Tensor, group: Tensor) -> Selection:
     """
     beats = (group[:, None] == group) & (score[:, None] > score)  # [N, N]
     return _paired(beats.nonzero(), grouped(score, group))
+
+
+@gives("pairs")
+def group_pairs(score: Tensor, group: Tensor) -> Selection:
+    """Every two rows of a group, each couple once, the higher score first (of equals the earlier row); keeps every row.
+
+    See Wu et al., "Pairwise Proximal Policy Optimization: Harnessing Relative Feedback for LLM Alignment", arXiv:2310.00212.
+
+    Args:
+        score: score of each row, [N]
+        group: rows of one prompt share it, [N] int64
+    """
+    place = torch.arange(len(group), device=group.device)
+    before = (score[:, None] > score) | ((score[:, None] == score) & (place[:, None] < place))
+    return Selection(None, ((group[:, None] == group) & before).nonzero())
 
 
 def _first(candidate: Tensor, g: Groups) -> Tensor:

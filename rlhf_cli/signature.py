@@ -32,7 +32,7 @@ class Param:
 
 @dataclass(frozen=True)
 class Signature:
-    """What a target takes: `columns` are its positional parameters, `params` its keyword-only ones."""
+    """What a target takes: `columns` are its positional parameters (of an object: those of its calls), `params` its keyword-only ones."""
 
     target: str
     columns: tuple[str, ...]
@@ -41,6 +41,7 @@ class Signature:
     doc: str
     rowwise: bool
     per_row: bool
+    linear: bool
     flags: dict[str, Any]  # literal class attributes, e.g. needs_references = True
 
 
@@ -67,6 +68,7 @@ def signature(target: str) -> Signature:
         doc=doc.strip(),
         rowwise="rowwise" in marks,
         per_row="per_row" in marks,
+        linear="linear" in marks,
         flags=_flags(node) if isinstance(node, ast.ClassDef) else {},
     )
 
@@ -116,12 +118,13 @@ def _of_function(node: ast.FunctionDef) -> tuple[tuple[str, ...], list[tuple[str
 
 
 def _of_class(node: ast.ClassDef) -> tuple[tuple[str, ...], list[tuple[str, ast.expr | None, ast.expr | None]]]:
-    for n in node.body:
-        if _is_init(n):
-            assert isinstance(n, ast.FunctionDef)
-            return _of_function(n)
+    methods = {n.name: n for n in node.body if isinstance(n, ast.FunctionDef)}
+    columns = _of_function(methods["__call__"])[0] if "__call__" in methods else ()
+    columns = () if columns[:1] == ("samples",) else columns  # a scorer's call takes texts, not columns
+    if "__init__" in methods:
+        return columns, _of_function(methods["__init__"])[1]
     fields = [n for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
-    return (), [(n.target.id, n.annotation, n.value) for n in fields if isinstance(n.target, ast.Name)]
+    return columns, [(n.target.id, n.annotation, n.value) for n in fields if isinstance(n.target, ast.Name)]
 
 
 def _flags(node: ast.ClassDef) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """The closed vocabulary of columns and the protocols between the stages of a run.
 
-Dimension letters, used everywhere: P prompts, N rows, T tokens, M pairs, H heads, V vocabulary.
+Dimension letters, used everywhere: P prompts, N rows, T tokens, M pairs, H heads, V vocabulary,
+R responses of the initial policy to a prompt; of the column `allowed`, S a row's trained tokens and B bytes that hold a bit per
+token of the vocabulary.
 Every [N, T] column is aligned to the token it describes, right-padded; the next-token shift happens in one function only
 (`models/packing.py`).
 """
@@ -17,7 +19,7 @@ from torch import Tensor
 from rlhf_cli.sample import Sample
 
 __all__ = [
-    "COLUMNS", "OUTPUTS", "Credit", "Engine", "Experience", "Record", "Run", "Sample", "Scorer", "Scores", "Selection", "Source", "Term",
+    "COLUMNS", "OUTPUTS", "Credit", "Engine", "Experience", "Narrowed", "Record", "Run", "Sample", "Scorer", "Scores", "Selection", "Source", "Term",
     "Update", "column",
 ]  # fmt: skip
 
@@ -32,10 +34,13 @@ class Experience:
     """N rows in P groups, with edges (`pairs`) over rows. Columns that no stage produced are None.
 
     `mask` marks the tokens the policy chose and that are trained; `attention` marks real tokens (prompt, response, EOS).
+    `named` holds the columns NAME_logp [N, T] of the models in the configuration's `frozen`: the vocabulary is the fields here
+    and those names, which a plan knows.
     """
 
     samples: tuple[Sample, ...] = ()
     components: Mapping[str, Tensor] = field(default_factory=dict)  # named reward parts, [N] each
+    named: Mapping[str, Tensor] = field(default_factory=dict)
     ids: Tensor = column("N T")  # int64
     attention: Tensor = column("N T")  # bool
     mask: Tensor = column("N T")  # bool
@@ -45,10 +50,27 @@ class Experience:
     pairs: Tensor = column("M 2")  # int64, (winner, loser) row indices
     margin: Tensor = column("M")
     pair_weight: Tensor = column("M")
+    greedy: Tensor = column(
+        "N"
+    )  # bool, drawn greedily to be its group's baseline; such rows leave when they are scored
+    baseline: Tensor = column("N")  # score of the greedy response to the row's prompt
     label: Tensor = column("N")  # recorded feedback: rating, or 1/0 for thumbs up/down
     score: Tensor = column("N")
+    hardness: Tensor = column("N")  # 1 - similarity of the response to the demonstration
+    gap: Tensor = column("N")  # reward of the demonstration minus that of the response
+    category: Tensor = column("N")  # rows of one category share it
+    ref_scores: Tensor = column(
+        "N R"
+    )  # of the initial policy's responses to the row's prompt, in units of `score`; NaN: missing
+    ref_length: Tensor = column("N R")  # their lengths, tokens
+    span_reward: Tensor = column("N T")  # the part of `score` that a scorer placed on tokens itself
     reward: Tensor = column("N T")
-    behavior_logp: Tensor = column("N T")
+    turn_reward: Tensor = column("N T")  # what the environment gave for each turn, at that turn's last trained token
+    behavior_logp: Tensor = column("N T")  # of the distribution that was sampled
+    full_logp: Tensor = column("N T")  # of the policy's whole distribution, where the sampled one was masked
+    allowed: Tensor = column(
+        "N S B"
+    )  # uint8, a bit per token of the vocabulary, for each row's trained tokens in order
     old_logp: Tensor = column("N T")
     ref_logp: Tensor = column("N T")
     value: Tensor = column("N T")
@@ -58,16 +80,26 @@ class Experience:
     def __post_init__(self) -> None:
         """Check every shape against the declared letters."""
         size: dict[str, int] = {"2": 2}
-        for f in fields(self):
-            x = getattr(self, f.name)
-            if x is None or "shape" not in f.metadata:
+        shapes = COLUMNS | dict.fromkeys(self.named, "N T")
+        for name, x in [(n, getattr(self, n)) for n in COLUMNS] + list(self.named.items()):
+            if x is None:
                 continue
-            names = f.metadata["shape"].split()
+            names = shapes[name].split()
             if x.ndim != len(names):
-                raise ValueError(f"{f.name} must be [{', '.join(names)}], got {list(x.shape)}")
+                raise ValueError(f"{name} must be [{', '.join(names)}], got {list(x.shape)}")
             for letter, length in zip(names, x.shape, strict=True):
                 if size.setdefault(letter, length) != length:
-                    raise ValueError(f"{f.name}: {letter} is {length}, other columns have {size[letter]}")
+                    raise ValueError(f"{name}: {letter} is {length}, other columns have {size[letter]}")
+
+    def get(self, name: str) -> Any:
+        """A column by its name; None where no stage made it."""
+        own = getattr(self, name, None)
+        return self.named.get(name) if own is None else own
+
+    def filled(self, columns: Mapping[str, Tensor]) -> Experience:
+        """With more columns."""
+        own = {k: v for k, v in columns.items() if k in COLUMNS}
+        return replace(self, named={**self.named, **{k: v for k, v in columns.items() if k not in own}}, **own)
 
     def __len__(self) -> int:
         return 0 if self.ids is None else int(self.ids.shape[0])
@@ -88,7 +120,8 @@ class Experience:
             cut |= {k: getattr(self, k)[inside] for k in ("margin", "pair_weight") if getattr(self, k) is not None}
         if self.samples:
             cut["samples"] = tuple(self.samples[i] for i in index.tolist())
-        return replace(self, components={k: v[index] for k, v in self.components.items()}, **cut)
+        cut |= {k: {n: v[index] for n, v in getattr(self, k).items()} for k in ("components", "named")}
+        return replace(self, **cut)
 
 
 COLUMNS: dict[str, str] = {f.name: f.metadata["shape"] for f in fields(Experience) if "shape" in f.metadata}
@@ -102,8 +135,10 @@ OUTPUTS: dict[str, str] = {"logp": "N T", "entropy": "N T", "value_new": "N T", 
 class Scores:
     """What a scorer returns. A failed score is *missing*, never 0: its row leaves the group statistics and the loss.
 
-    `spans` are character ranges of the response, (row, start, end, value), so a scorer's tokenizer need not be the policy's.
-    `reasons` say why a row is missing, where that is known: row -> text.
+    `spans` are character ranges of the response, (row, start, end, value), so a scorer's tokenizer need not be the policy's:
+    they say on which part of the response that much of `value` falls; what they do not place falls on its end.
+    `reasons` say why a row is missing, where that is known: row -> text. `timing` holds numbers that a repeated run need
+    not repeat (seconds, retries, cache hits); they are summed over ranks and logged under `time/`.
     """
 
     value: Tensor  # [N] float32
@@ -111,6 +146,7 @@ class Scores:
     components: Mapping[str, Tensor] = field(default_factory=dict)
     spans: Sequence[tuple[int, int, int, float]] | None = None
     reasons: Mapping[int, str] = field(default_factory=dict)
+    timing: Mapping[str, float] = field(default_factory=dict)
 
 
 class Credit(NamedTuple):
@@ -123,6 +159,15 @@ class Credit(NamedTuple):
 class Selection(NamedTuple):
     """What a select rule returns: the rows to keep (None keeps all), edges over the *kept* rows, and what it counted."""
 
+    keep: Tensor | None = None  # [n] int64
+    pairs: Tensor | None = None  # [M, 2] int64
+    stats: Mapping[str, float] = {}
+
+
+class Narrowed(NamedTuple):
+    """A selection that also takes tokens out of the mask. A row without any stays in its group's statistics and leaves the loss."""
+
+    mask: Tensor  # [N, T] bool, of all rows
     keep: Tensor | None = None  # [n] int64
     pairs: Tensor | None = None  # [M, 2] int64
     stats: Mapping[str, float] = {}
@@ -175,6 +220,10 @@ class Record(Protocol):
     def step(self, step: int, exp: Experience, stats: Mapping[str, Sequence[Mapping[str, float]]]) -> None: ...
 
 
+def _stay(_: int) -> None:
+    pass
+
+
 @dataclass
 class Run:
     """Everything `loop.train` needs, as values. Built by `wiring.make_run`, the one place that sees config and objects."""
@@ -196,3 +245,6 @@ class Run:
     record: Record
     start: int
     steps: int
+    follow: Callable[[int], None] = (
+        _stay  # after that many steps' updates: models that follow the policy take its weights
+    )

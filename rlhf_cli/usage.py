@@ -103,6 +103,16 @@ VERBS: dict[str, Verb] = {
   baseline          a run's name, or settings that its row has; default: the first row of each reward
   metric            a number of evaluations.jsonl or metrics.jsonl; default: eval/reward, else score/mean""",
     ),
+    "merge": Verb(
+        "average the weights of two fine-tunes of one base model",
+        "rlhf merge A B --output DIR [--weight 0.5] [--dtype fp32|bf16]",
+        ("rlhf merge runs/first runs/second --weight 0.5 --output soups/both",),
+        more="""\
+  A and B are runs, Hugging Face folders or Hub ids with the same weights, configuration and tokenizer; adapters are merged first.
+  --weight          B's share, from 0 to 1
+  --output          the new folder; use it as model.path=DIR, model.reference=DIR or reward.model.path=DIR
+  --dtype           of the written weights; they are averaged in fp32""",
+    ),
     "list": Verb(
         "list the groups, or the options of one",
         "rlhf list [GROUP]",

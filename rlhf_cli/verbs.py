@@ -11,18 +11,19 @@ import torch
 
 from rlhf_cli import wiring
 from rlhf_cli.data.loading import load, load_whole
-from rlhf_cli.data.record import Record
+from rlhf_cli.data.record import Record, leading
 from rlhf_cli.engine.comm import Comm, seed_all
 from rlhf_cli.engine.memory import keep_freed_memory
+from rlhf_cli.environments import section as dialogue
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.models import loading
 from rlhf_cli.report import evaluate as held_out
 from rlhf_cli.report.evaluate import Row, bootstrap, by_prompt, paired, write_rows
-from rlhf_cli.rewards.report import render, report
+from rlhf_cli.rewards.report import ScoreReport, render, report
 from rlhf_cli.rollout.builtin import decoding_of
 from rlhf_cli.rollout.sampler import Sampler
 from rlhf_cli.sources.assemble import sample_of
-from rlhf_cli.types import Sample
+from rlhf_cli.types import Sample, Scores
 
 
 def _device(cfg: Any) -> torch.device:
@@ -46,20 +47,22 @@ def evaluate(cfg: Any) -> int:
     """A model, or a run beside the model it started from, on held-out prompts: greedy, and sampled with eval.samples=K."""
     device = _device(cfg)
     records = load(cfg.dataset, "heldout")
-    records = records[: cfg.eval.prompts] if cfg.eval.prompts else records
+    records = leading(records, cfg.eval.prompts)
     scorer = wiring.make_scorer(cfg)
     if scorer is None:
         raise ConfigError("eval: no reward; type reward=bleu (rlhf list reward)")
     wiring.require_references(scorer, records)
+    environment = dialogue.make(cfg)
     columns: dict[str, list[Row]] = {}
     for name, model_cfg in _models(cfg).items():
         sampler = _sampler(cfg, model_cfg, device)
-        encoded = wiring.encode(records, sampler.tokenizer, cfg)
+        player = wiring.make_player(cfg, environment, sampler)
+        encoded = wiring.encode(records, sampler.tokenizer, cfg, environment)
         for how, k, temperature in (("greedy", 1, 0.0), ("sampled", cfg.eval.samples, cfg.rollout.temperature)):
             if k:
                 decoding = decoding_of(cfg, temperature=temperature)
                 columns[f"{name}, {how}"] = held_out.generate_and_score(
-                    sampler, scorer, records, encoded, Comm(device), decoding, k=k, seed=cfg.seed
+                    sampler, scorer, records, encoded, Comm(device), decoding, k=k, seed=cfg.seed, player=player
                 )
         getattr(sampler, "close", lambda: None)()  # an engine of its own makes room for the next model's
         del sampler
@@ -112,9 +115,19 @@ def generate(cfg: Any) -> int:
     device = _device(cfg)
     records = _prompts(cfg)
     sampler = _sampler(cfg, cfg.model, device)
-    encoded = wiring.encode(records, sampler.tokenizer, cfg)
+    environment = dialogue.make(cfg)
+    encoded = wiring.encode(records, sampler.tokenizer, cfg, environment)
+    player = wiring.make_player(cfg, environment, sampler)
     rows = held_out.generate_and_score(
-        sampler, None, records, encoded, Comm(device), sampler.decoding, k=max(1, cfg.eval.samples), seed=cfg.seed
+        sampler,
+        None,
+        records,
+        encoded,
+        Comm(device),
+        sampler.decoding,
+        k=max(1, cfg.eval.samples),
+        seed=cfg.seed,
+        player=player,
     )
     if cfg.output:
         write_rows(Path(cfg.output), rows)
@@ -171,6 +184,16 @@ def _of_input(cfg: Any, shape: str) -> Any:
 
 def score(cfg: Any) -> int:
     """Run the reward over recorded responses: values, latency, and what looks wrong, before anything is trained on it."""
+    found, rows = score_report(cfg)
+    print(render(found))
+    if cfg.output:
+        write_rows(Path(cfg.output), rows)
+        print(f"\nscores are in {cfg.output}")
+    return 0
+
+
+def score_report(cfg: Any) -> tuple[ScoreReport, list[dict[str, Any]]]:
+    """What `rlhf score` finds, and each response with its scores."""
     scorer = wiring.make_scorer(cfg)
     if scorer is None:
         raise ConfigError("score: no reward; type reward=bleu (rlhf list reward)")
@@ -182,10 +205,11 @@ def score(cfg: Any) -> int:
     first = (counts.cumsum(0) - counts).tolist()
     edges = [(at + w, at + lo) for r, at in zip(records, first, strict=True) for w, lo in r.pairs]
     pairs = torch.tensor(edges, dtype=torch.int64).reshape(-1, 2)
-    print(render(report(samples, group, scorer, pairs)))
-    if cfg.output:
-        _write_scores(cfg, scorer, samples, group)
-    return 0
+    unknown = float("nan")
+    recorded = torch.tensor([x for r in records for x in (r.scores or [unknown] * len(r.responses))])
+    scores = scorer(samples, group)
+    found = report(samples, group, scorer, pairs, recorded, scores)
+    return found, [_score_row(s, i, scores) for i, s in enumerate(samples)]
 
 
 def _responses(cfg: Any) -> list[Record]:
@@ -198,17 +222,11 @@ def _responses(cfg: Any) -> list[Record]:
     return records
 
 
-def _write_scores(cfg: Any, scorer: Any, samples: list[Sample], group: torch.Tensor) -> None:
-    scores = scorer(samples, group)
-    rows = [
-        {
-            "uid": s.uid,
-            "prompt": s.prompt,
-            "response": s.response,
-            "score": None if scores.missing is not None and scores.missing[i] else float(scores.value[i]),
-            "components": {k: float(v[i]) for k, v in scores.components.items() if not torch.isnan(v[i])},
-        }
-        for i, s in enumerate(samples)
-    ]
-    write_rows(Path(cfg.output), rows)
-    print(f"\nscores are in {cfg.output}")
+def _score_row(sample: Sample, i: int, scores: Scores) -> dict[str, Any]:
+    return {
+        "uid": sample.uid,
+        "prompt": sample.prompt,
+        "response": sample.response,
+        "score": None if scores.missing is not None and scores.missing[i] else float(scores.value[i]),
+        "components": {k: float(v[i]) for k, v in scores.components.items() if not torch.isnan(v[i])},
+    }

@@ -3,33 +3,42 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rlhf_cli import gates, stages
-from rlhf_cli.config import build
+from rlhf_cli import frozen, gates, readers, stages
 from rlhf_cli.data.loading import load
-from rlhf_cli.data.record import Record, as_demonstrations, check_lengths, check_references
-from rlhf_cli.data.text import render, response_ids
+from rlhf_cli.data.record import Record, as_demonstrations, check_lengths, check_references, leading
+from rlhf_cli.data.text import check_dialogue, render, response_ids
 from rlhf_cli.engine.comm import Comm
 from rlhf_cli.engine.deepspeed import DeepSpeedEngine, Frozen, Setup
+from rlhf_cli.environments import section as dialogue
+from rlhf_cli.hardest import Banded, banded
 from rlhf_cli.models import fused, loading, packing
-from rlhf_cli.models.heads import PolicyHead, ScalarHead, inner
-from rlhf_cli.models.lora import add_lora, reference_disabled
-from rlhf_cli.plan import Plan, learner_sections, validate
+from rlhf_cli.models.heads import PolicyHead, ScalarHead, SharedHead, inner
+from rlhf_cli.models.lora import add_lora
+from rlhf_cli.pipeline import make_pipeline
+from rlhf_cli.plan import HEADS, Plan, learner_sections, validate
+from rlhf_cli.prepass import Prepass, make_prepass
+from rlhf_cli.rewards.direction import written
 from rlhf_cli.rewards.make import make_scorer
+from rlhf_cli.rewards.stage import make_scoring
 from rlhf_cli.rollout.backends import backend
 from rlhf_cli.rollout.sampler import Sampler
 from rlhf_cli.sources.assemble import rows, sample_of
+from rlhf_cli.sources.episodes import Episodes
+from rlhf_cli.sources.play import Player
 from rlhf_cli.sources.recorded import Recorded
+from rlhf_cli.sources.resampled import Resampled
 from rlhf_cli.sources.sampled import Sampled
-from rlhf_cli.types import Experience, Run, Scorer, Term, Update
+from rlhf_cli.state import Builder
+from rlhf_cli.types import Experience, Run, Scorer
 
 
 @dataclass
@@ -45,13 +54,15 @@ class Parts:
     probe: Callable[[Run], Experience]  # a few rows for the gates at the start
     heldout: list[Record]
     encoded_heldout: list[list[int]]
+    player: Player | None  # of dialogues, where there is an environment
     recorded_heldout: Recorded | None
     gates: gates.Gates
     state: dict[str, Any]  # name -> object with state_dict
+    prepass: Prepass | Banded | None = None  # runs before the first step
 
 
-def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
-    """Build everything a training run needs. Raises ConfigError for what only data and models can tell."""
+def make_run(cfg: Any, comm: Comm, record: Any, folder: Path | None = None) -> tuple[Run, Parts]:
+    """Build everything a training run needs; `folder` is its directory. Raises ConfigError for what only data and models can tell."""
     plan = validate(cfg)
     sampled = plan.source == "sampled"
     scorer = make_scorer(cfg) if sampled else None
@@ -60,73 +71,86 @@ def make_run(cfg: Any, comm: Comm, record: Any) -> tuple[Run, Parts]:
     require_references(scorer, [*train, *heldout])
     if scorer is not None:
         scorer.start()
-    encoded = encode(train, tokenizer, cfg)
-    encoded_heldout = encode(heldout, tokenizer, cfg)
+    environment = dialogue.make(cfg)
+    encoded, encoded_heldout = (encode(records, tokenizer, cfg, environment) for records in (train, heldout))
 
     packing.register()
     sections = learner_sections(cfg)
     heads = {name: make_head(cfg, section, comm, plan) for name, section in sections.items()}
-    reference = make_reference(cfg, heads, plan, comm)
-    scorable = plan.learners.get("policy") == "policy" and can_score(cfg, heldout)
+    read_only = make_readers(cfg, heads, plan, comm)
+    scorable = "policy" in plan.learners and can_score(cfg, heldout)
     actor = make_actor(cfg, heads, plan, comm) if sampled or scorable else None
     engines = {name: DeepSpeedEngine(name, head, setup_of(cfg, sections[name]), comm) for name, head in heads.items()}
-    sampler, publish = make_sampler(cfg, actor, tokenizer, comm, engines.get("policy"), record.count)
+    followers = readers.followers(cfg, read_only, engines)
+    sampler, publish = make_sampler(cfg, actor, tokenizer, comm, engines.get("policy"), record.count, read_only)
+    rest = _nothing
     if sampled:
         assert sampler is not None
         rest = getattr(sampler, "rest", _nothing)  # an engine that gives its memory back while the learner trains
-        source: Any = Sampled(
+        draws: Any = partial(Episodes, make_player(cfg, environment, sampler)) if environment is not None else Sampled
+        source: Any = draws(
             train, encoded, sampler, publish, comm, prompts=cfg.batch.prompts, samples=cfg.batch.samples, seed=cfg.seed,
-            begin=scorer.begin if scorer is not None else None, rest=rest,
+            greedy=plan.greedy, begin=scorer.begin if scorer is not None else None, rest=rest,
         )  # fmt: skip
     else:
         answers = encode_answers(train, tokenizer, cfg)
         source = Recorded(train, encoded, answers, publish, prompts=cfg.batch.prompts, seed=cfg.seed)
-    recorded_heldout = None
-    if not sampled and heldout:
-        recorded_heldout = Recorded(
-            heldout, encoded_heldout, encode_answers(heldout, tokenizer, cfg), _nothing, prompts=len(heldout), seed=0
-        )
+    recorded_heldout = None if sampled else recorded_rows(heldout, encoded_heldout, tokenizer, cfg)
 
     checks = make_gates(cfg, sampler)
-    score = make_scoring(cfg, scorer, comm, checks, record)
-    allow = list(cfg.allow_targets)
+    build = Builder(cfg.allow_targets)
+    ask = partial(make_prepass, cfg, train, encoded, sampler, scorer, comm, folder, rest)
+    score, prepass = make_scoring(cfg, plan, scorer, comm, checks, record, tokenizer, build, ask)
+    prepass = banded(cfg, prepass, source, scorer, folder)
+    pipeline = make_pipeline(cfg, plan, build, record.count)
+    stages_of = vars(pipeline) | {"score": score}
+    if cfg.batch.resample > 1 and sampled:
+        source = Resampled(
+            source, score, pipeline.select, prompts=cfg.batch.prompts, rounds=cfg.batch.resample, count=record.count, phase=record.phase
+        )  # fmt: skip
+        stages_of |= {"score": stages.keep, "select": stages.keep}
     run = Run(
         source=source,
-        score=score,
-        select=stages.selecting(build(cfg.select, "select", allow=allow), record.count)
-        if cfg.select and scorer is not None
-        else stages.keep,
-        annotate=stages.annotating(annotations(plan, engines, reference)),
-        shape=stages.shaping([build(v, f"shaping.{k}", allow=allow) for k, v in (cfg.shaping or {}).items() if v]),
-        credit=make_credit(cfg, plan, record.count),
+        annotate=stages.annotating(annotations(plan, engines, read_only)),
         engines=engines,
-        updates={name: make_update(cfg, name, section.starts_at) for name, section in sections.items()},
-        minibatches=stages.minibatches(cfg.batch.epochs, cfg.batch.minibatches, cfg.seed),
-        lr=partial(learning_rate, cfg, {n: cfg.optim.lr if x.lr is None else x.lr for n, x in sections.items()}),
+        **stages_of,
         check=checks,
         after=lambda step: False,
         record=record,
         start=0,
         steps=cfg.steps,
+        follow=partial(readers.follow, list(followers.values())),
     )
-    state = {"source": source, "constant_reward": checks.constant}
+    for name, (_, part) in (scorer.scorers if scorer is not None else {}).items():
+        build.keep(f"reward.{name}", part)
+    state = {"source": source, "constant_reward": checks.constant, **build.state, **followers}
     eval_scorer = scorer if sampled else make_scorer(cfg) if scorable else None
     probe = partial(probe_rows, encoded=encoded[:2], records=train[:2])
-    frozen = [reference.module] if reference is not None else []
     return run, Parts(
         plan=plan,
         tokenizer=tokenizer,
         engines=engines,
-        heads=[*heads.values(), *frozen],
+        heads=[*heads.values(), *(r.module for r in read_only.values())],
         sampler=sampler,
         eval_scorer=eval_scorer,
         probe=probe,
         heldout=heldout,
         encoded_heldout=encoded_heldout,
+        player=make_player(cfg, environment, sampler),
         recorded_heldout=recorded_heldout,
         gates=checks,
         state=state,
+        prepass=prepass,
     )
+
+
+def recorded_rows(
+    heldout: Sequence[Record], encoded: Sequence[Sequence[int]], tokenizer: Any, cfg: Any
+) -> Recorded | None:
+    """Held-out responses, which losses are evaluated on."""
+    if not heldout:
+        return None
+    return Recorded(heldout, encoded, encode_answers(heldout, tokenizer, cfg), _nothing, prompts=len(heldout), seed=0)
 
 
 def make_actor(cfg: Any, heads: Mapping[str, nn.Module], plan: Plan, comm: Comm) -> nn.Module:
@@ -138,7 +162,13 @@ def make_actor(cfg: Any, heads: Mapping[str, nn.Module], plan: Plan, comm: Comm)
 
 
 def make_sampler(
-    cfg: Any, actor: nn.Module | None, tokenizer: Any, comm: Comm, learner: Any, count: Any
+    cfg: Any,
+    actor: nn.Module | None,
+    tokenizer: Any,
+    comm: Comm,
+    learner: Any,
+    count: Any,
+    read_only: Mapping[str, Frozen] | None = None,
 ) -> tuple[Any, Callable[[], None]]:
     """The chosen sampler with the weights of the learner (of the actor, without one), and what brings it new ones."""
     if actor is None:
@@ -147,18 +177,19 @@ def make_sampler(
     sampler = chosen.make_sampler(cfg, actor, tokenizer, comm)
     publish = chosen.make_publish(cfg, sampler, actor, learner, comm, count)
     publish()
+    if cfg.rollout.mask.model and read_only:
+        readers.mask_sampler(cfg, sampler, read_only, tokenizer)
     return sampler, publish
 
 
-def make_credit(cfg: Any, plan: Plan, count: Any) -> stages.Stage:
-    """Advantages, corrected where the recipe says so."""
-    if not cfg.credit:
-        return stages.keep
-    credit = stages.crediting(build(cfg.credit, "credit", allow=list(cfg.allow_targets)), cfg.gates.advantage)
-    if not cfg.correction or plan.source != "sampled":
-        return credit
-    correct = stages.correcting(build(cfg.correction, "correction", allow=list(cfg.allow_targets)), count)
-    return lambda exp: correct(credit(exp))
+def make_player(cfg: Any, environment: Any, sampler: Any) -> Player | None:
+    """What plays dialogues with an environment; None without one."""
+    if environment is None or sampler is None:
+        return None
+    s, rows = cfg.environment, cfg.environment["rows"]
+    if rows == "episode":
+        check_dialogue(sampler.tokenizer, cfg.dataset.chat)
+    return Player(environment, sampler, cfg.dataset.chat, rows, s["turns"], cfg.dataset.max_prompt_tokens)
 
 
 def make_gates(cfg: Any, sampler: Sampler | None) -> gates.Gates:
@@ -169,7 +200,7 @@ def make_gates(cfg: Any, sampler: Sampler | None) -> gates.Gates:
         precision=cfg.hardware.precision,
         eos=sampler.eos if sampler is not None else [],
         stops=bool(r.stop),
-        own_reference=cfg.model.reference == "auto",
+        own_reference=cfg.model.reference == "auto" and not cfg.rollout.mask.model,
         exact_sampler=r.top_p == 1.0 and r.top_k == 0 and r.min_tokens == 0 and r.temperature > 0,
     )
 
@@ -199,8 +230,8 @@ def _nothing() -> None:
 
 def load_records(cfg: Any, plan: Plan) -> tuple[list[Record], list[Record]]:
     """Train and held-out records; as demonstrations where no stage reads preferences, so that nothing imitates a rejected response."""
-    train, heldout = load(cfg.dataset, "train"), load(cfg.dataset, "heldout")
-    heldout = heldout[: cfg.eval.prompts] if cfg.eval.prompts else heldout
+    train, heldout = (written(load(cfg.dataset, split), cfg) for split in ("train", "heldout"))
+    heldout = leading(heldout, cfg.eval.prompts)
     judged = {"pairs", "margin", "pair_weight", "label", "score"}
     if plan.source == "recorded" and not any(judged & s.needs for s in plan.stages):
         return as_demonstrations(train), as_demonstrations(heldout)
@@ -214,9 +245,10 @@ def require_references(scorer: Any, records: Sequence[Record]) -> None:
             check_references(records, f"reward={name}")
 
 
-def encode(records: Sequence[Record], tokenizer: Any, cfg: Any) -> list[list[int]]:
-    """Prompt ids of every record; too long ones are refused by file and line."""
-    ids = [render(r.messages, tokenizer, cfg.dataset.chat) for r in records]
+def encode(records: Sequence[Record], tokenizer: Any, cfg: Any, environment: Any = None) -> list[list[int]]:
+    """Prompt ids of every record, as its environment opens it; too long ones are refused by file and line."""
+    opened = [r.messages if environment is None else environment.reset(r, 0).messages for r in records]
+    ids = [render(messages, tokenizer, cfg.dataset.chat) for messages in opened]
     check_lengths(records, [len(x) for x in ids], cfg.dataset.max_prompt_tokens)
     return ids
 
@@ -242,14 +274,18 @@ def make_head(cfg: Any, section: Any, comm: Comm, plan: Plan) -> nn.Module:
     model_cfg = copy.deepcopy(cfg.model)
     if section.path:
         model_cfg.path, model_cfg.source, model_cfg.revision = section.path, "auto", ""
-    load_model = loading.load_causal if section.head == "policy" else loading.load_scalar
+    causal = "logp" in HEADS[section.head]
+    load_model = loading.load_causal if causal else loading.load_scalar
     model = load_model(model_cfg, dtype=dtype_of(cfg), seed=cfg.seed)
     if cfg.model.lora.r:
         model = add_lora(model, cfg.model.lora, cfg.seed)
     prepare(model, checkpointing=cfg.model.checkpointing)
     model.to(comm.device)
-    if section.head == "policy":
-        return PolicyHead(model, temperature=temperature_of(cfg, plan), packing=cfg.model.packing)
+    if causal:
+        settings: Any = {"temperature": temperature_of(cfg, plan), "packing": cfg.model.packing}
+        shared = "value_new" in HEADS[section.head]
+        head = SharedHead(model, **settings, seed=cfg.seed) if shared else PolicyHead(model, **settings)
+        return head.to(comm.device)
     return ScalarHead(model, packing=cfg.model.packing)
 
 
@@ -275,23 +311,17 @@ def temperature_of(cfg: Any, plan: Plan) -> float:
     return cfg.rollout.temperature if plan.source == "sampled" and cfg.rollout.temperature > 0 else 1.0
 
 
-def make_reference(cfg: Any, heads: Mapping[str, nn.Module], plan: Plan, comm: Comm) -> Frozen | None:
-    """The frozen policy behind `ref_logp`: the disabled adapter, a copy of the initial policy, or another model."""
-    if "ref_logp" not in plan.annotate:
-        return None
-    setup = setup_of(cfg, None)
-    if cfg.model.lora.r and "policy" in heads:
-        return Frozen(heads["policy"], setup, comm, around=lambda: reference_disabled(heads["policy"].model))
-    if cfg.model.reference == "auto" and "policy" in heads:
-        head = copy.deepcopy(heads["policy"])
-    else:
-        other = copy.deepcopy(cfg.model)
-        if cfg.model.reference != "auto":
-            other.path, other.source, other.revision = cfg.model.reference, "auto", ""
-        model = loading.load_causal(other, dtype=dtype_of(cfg), seed=cfg.seed).to(comm.device)
+def make_readers(cfg: Any, heads: Mapping[str, nn.Module], plan: Plan, comm: Comm) -> dict[str, Frozen]:
+    """Models that are only read, by name."""
+
+    def head_of(model: Any) -> nn.Module:
+        model.to(comm.device)
         prepare(model, checkpointing=False)
         head = PolicyHead(model, temperature=temperature_of(cfg, plan), packing=cfg.model.packing)
-    return Frozen(head.eval().requires_grad_(False), setup, comm)
+        return head.eval().requires_grad_(False)
+
+    wants_reference = "ref_logp" in plan.annotate
+    return readers.make(cfg, heads, wants_reference, head_of, dtype_of(cfg), setup_of(cfg, None), comm)
 
 
 def setup_of(cfg: Any, section: Any) -> Setup:
@@ -305,53 +335,21 @@ def setup_of(cfg: Any, section: Any) -> Setup:
 
 
 def annotations(
-    plan: Plan, engines: Mapping[str, DeepSpeedEngine], reference: Frozen | None
+    plan: Plan, engines: Mapping[str, DeepSpeedEngine], read_only: Mapping[str, Frozen]
 ) -> dict[str, tuple[Any, str]]:
     """Columns filled from models: name -> (model, its output)."""
-    critic = next((engines[n] for n, head in plan.learners.items() if head == "value"), None)
+    critic = next((engines[n] for n, head in plan.learners.items() if "value_new" in HEADS[head]), None)
     makers = {
         "old_logp": (engines.get("policy"), "logp"),
-        "ref_logp": (reference, "logp"),
+        "ref_logp": (read_only.get("reference"), "logp"),
+        "full_logp": (engines.get("policy"), "full_logp"),
         "value": (critic, "value_new"),
+        **{frozen.column(name): (reader, "logp") for name, reader in read_only.items()},
     }
     return {c: makers[c] for c in plan.annotate}
 
 
 # -- rewards, updates --------------------------------------------------------------------------------------------------
-
-
-def make_scoring(cfg: Any, scorer: Scorer | None, comm: Comm, checks: gates.Gates, record: Any) -> stages.Stage:
-    """The stage that scores a step."""
-    if scorer is None:
-        return stages.keep
-    count = partial(record.count, stage="component")
-    score = stages.scoring(scorer, comm, cfg.gates.failures, checks.reward, count, record.note)
-    return stages.shuffled(score, cfg.seed) if cfg.debug.get("shuffled_reward") else score
-
-
-def make_update(cfg: Any, learner: str, starts_at: int) -> Update:
-    """The terms of one learner."""
-    terms = []
-    for name, node in cfg.updates[learner].items():
-        if node is None:
-            continue
-        key = f"updates.{learner}.{name}"
-        reduce = build(node["reduce"], f"{key}.reduce", allow=cfg.allow_targets) if node.get("reduce") else None
-        objective = build(node["objective"], f"{key}.objective", allow=cfg.allow_targets)
-        terms.append(Term(name, objective, reduce, float(node.get("coef", 1.0))))
-    return Update(tuple(terms), starts_at)
-
-
-def learning_rate(cfg: Any, peaks: Mapping[str, float], name: str, step: int) -> float:
-    """Linear warm-up, then the schedule; a function of the step alone, so a resumed run needs no scheduler state."""
-    warm = min(1.0, (step + 1) / (cfg.optim.warmup + 1))
-    left = 1.0 - max(0, step - cfg.optim.warmup) / max(1, cfg.steps - cfg.optim.warmup)
-    shape: dict[str, Callable[[float], float]] = {
-        "constant": lambda x: 1.0,
-        "linear": lambda x: x,
-        "cosine": lambda x: 0.5 * (1 - math.cos(math.pi * x)),
-    }
-    return peaks[name] * warm * shape[cfg.optim.schedule](left)
 
 
 def check_invariance(engine: DeepSpeedEngine, exp: Experience, want: str, limit: float, rows: int = 4) -> float:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rlhf_cli import state
 from rlhf_cli.config import build, load_config
 from rlhf_cli.engine.comm import Comm, seed_all, start
 from rlhf_cli.engine.memory import keep_freed_memory
@@ -64,9 +65,9 @@ class Session:
         """Build, resume, train, evaluate, export. Returns how it ended: finished or preempted."""
         cfg = self.cfg
         with self.record.phase("load"):
-            self.run, self.parts = make_run(cfg, self.comm, self.record)
+            self.run, self.parts = make_run(cfg, self.comm, self.record, self.rundir.path)
             at = self._resume()
-        if self._asked():
+        if self._asked() or not self._prepare(at):
             return "preempted"
         self.run.start, self.run.after = at, self._after
         if self.lead and at == 0:
@@ -89,6 +90,13 @@ class Session:
             return "preempted"
         self._export()
         return "finished"
+
+    def _prepare(self, at: int) -> bool:
+        """Responses of the initial policy, where a stage compares with them; False where a signal asked to stop."""
+        if self.parts.prepass is None:
+            return True
+        with self.record.phase("prepass"):
+            return self.parts.prepass.run(at, self._asked, self.record.note)
 
     # -- between steps -------------------------------------------------------------------------------------------------
 
@@ -130,6 +138,7 @@ class Session:
 
     def _write(self, aside: Path, step: int) -> None:
         engines = {name: engine.save(aside) for name, engine in self.parts.engines.items()}
+        remembered = state.save(self.parts.state, aside, self.comm)
         rng = {
             "python": random.getstate(),
             "numpy": list(np.random.get_state()),
@@ -138,15 +147,15 @@ class Session:
         rng["numpy"][1] = rng["numpy"][1].tolist()
         (aside / f"rng-rank-{self.comm.rank}.json").write_text(json.dumps(rng))
         if self.lead:
-            state = {
+            written = {
                 "step": step,
                 "world": self.comm.world,
                 "packing": self.parts.heads[0].packing,
                 "engines": engines,
-                "state": {name: x.state_dict() for name, x in self.parts.state.items()},
+                "state": remembered,
                 "record": self.record.state(),
             }
-            (aside / "state.json").write_text(json.dumps(state))
+            (aside / "state.json").write_text(json.dumps(written))
         self.comm.barrier()
         if self.lead:
             checkpoint.commit(aside, step, self.cfg.checkpoint.keep)
@@ -161,21 +170,20 @@ class Session:
             self.record.start(self._plain_config(), None)
             return 0
         folder = Path(found)
-        state = json.loads((folder / "state.json").read_text())
+        saved = json.loads((folder / "state.json").read_text())
         for name, engine in self.parts.engines.items():
-            engine.load(folder, state["engines"][name])
-        for name, x in self.parts.state.items():
-            x.load_state_dict(state["state"][name])
-        self._set_packing(state["packing"])
-        self.run.source.publish(state["state"]["source"].get("version", state["step"]))
+            engine.load(folder, saved["engines"][name])
+        state.load(self.parts.state, folder, saved["state"])
+        self._set_packing(saved["packing"])
+        self.run.source.publish(saved["state"]["source"].get("version", saved["step"]))
         self._restore_rng(folder)
-        self.record.start(self._plain_config(), state["record"])
-        self.record.note(f"resumed from {folder.name}: {state['step']} of {self.cfg.steps} steps done")
-        if state["world"] != self.comm.world:
+        self.record.start(self._plain_config(), saved["record"])
+        self.record.note(f"resumed from {folder.name}: {saved['step']} of {self.cfg.steps} steps done")
+        if saved["world"] != self.comm.world:
             self.record.note(
-                f"the checkpoint was written by {state['world']} process(es) and is continued by {self.comm.world}; states were re-sharded"
+                f"the checkpoint was written by {saved['world']} process(es) and is continued by {self.comm.world}; states were re-sharded"
             )
-        self._at = int(state["step"])
+        self._at = int(saved["step"])
         return self._at
 
     def _find(self) -> tuple[str | None, list[str]]:
@@ -217,6 +225,7 @@ class Session:
                     decoding_of(cfg, temperature=0.0),
                     k=1,
                     seed=cfg.seed,
+                    player=p.player,
                 )
                 if self.lead:
                     evaluate.write_rows(self.rundir.path / f"heldout-{step:06d}.jsonl", rows)
@@ -230,12 +239,12 @@ class Session:
     def _check_start(self) -> None:
         """The gate that compares packed and plain forwards of every learner, on real prompts."""
         for name, head in self.parts.plan.learners.items():
-            want = HEADS[head][0]
-            limit = self.cfg.gates.invariance or self.parts.gates.tolerance
-            gap = self._invariance(name, want, limit)
-            self.record.note(
-                f"gate: {name}: {want} of rows in a batch and of the same rows alone differ by {gap:.1e} (allowed {limit:.1e})"
-            )
+            for want in (c for c in HEADS[head] if c != "entropy"):
+                limit = self.cfg.gates.invariance or self.parts.gates.tolerance
+                gap = self._invariance(name, want, limit)
+                self.record.note(
+                    f"gate: {name}: {want} of rows in a batch and of the same rows alone differ by {gap:.1e} (allowed {limit:.1e})"
+                )
 
     def _invariance(self, name: str, want: str, limit: float) -> float:
         """The gap of one learner; where packing is to blame, every model goes on without it, and a note says so."""
@@ -262,7 +271,7 @@ class Session:
         engine = self.parts.engines["policy" if "policy" in names else names[0]]
         whole: dict[str, Any] | None = None
         if engine.stage == 3:  # a collective: every rank walks, one keeps
-            kept = set(engine.module.state_dict())
+            kept = {k for k in engine.module.state_dict() if k.startswith("model.")}  # a value head is not the model's
             walked = ((k, v) for k, v in engine.full_state() if self.lead and k in kept)
             whole = {k.removeprefix("model."): v.to("cpu", copy=True) for k, v in walked}
         if self.lead:

@@ -75,7 +75,8 @@ def test_help_lists_every_verb_with_a_line(capsys: pytest.CaptureFixture[str]) -
             assert f"  {name:<12}{verb.line}\n" in out
     assert set(VERBS) == set(cli.RUN)
     assert (
-        " ".join(VERBS) == "train resume eval generate score compare list show plan runs logs cancel doctor completion"
+        " ".join(VERBS)
+        == "train resume eval generate score compare merge list show plan runs logs cancel doctor completion"
     )
 
 
@@ -301,7 +302,7 @@ def test_mistakes_in_options(called: list[tuple], capsys: pytest.CaptureFixture[
     )
     assert error(capsys, "train", "reward=[bleu,zz]") == f"reward=zz: no such option; options: {options('reward')}"
     assert error(capsys, "train", "reward=null") == f"reward=null: no such option; options: {options('reward')}"
-    groups = "model, dataset, reward, rollout, hardware"
+    groups = "model, dataset, reward, environment, combine, rollout, hardware"
     assert error(capsys, "eval", "algo=grpo") == f"algo=grpo: rlhf eval has no group 'algo'; its groups: {groups}"
     assert cli.main(["train", "experiment=null"]) == 0
 
@@ -379,7 +380,7 @@ def test_completes_verbs_groups_options_and_keys(mine: Path, tmp_path: Path, mon
     assert words("rlhf tr") == ["train"]
     assert words("rlhf train al") == ["algo=", "allow_targets="]
     assert words("rlhf train algo=gr") == ["algo=grpo"]
-    assert words("rlhf train reward=[bleu,le") == ["reward=[bleu,length"]
+    assert words("rlhf train reward=[bleu,le") == ["reward=[bleu,length", "reward=[bleu,levels"]
     assert words("rlhf train optim.w") == ["optim.warmup=", "optim.weight_decay="]
     assert words("rlhf train opt") == ["optim."]
     assert words("rlhf train model.lora.") == [f"model.lora.{k}=" for k in ("alpha", "merge_export", "r", "targets")]

@@ -13,19 +13,37 @@ from omegaconf import DictConfig, OmegaConf
 from rlhf_cli import catalog
 from rlhf_cli.compose import compose
 from rlhf_cli.config import Root, build, check_node
+from rlhf_cli.environments.section import OWN
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.override import inherit, override
 from rlhf_cli.plan import validate
 from rlhf_cli.report.planned import describe
+from rlhf_cli.rewards.nodes import RESERVED, RULE_RESERVED
 
 OPTIONS = [(group, name) for group, found in catalog.groups().items() for name in found]
 SHAPE_FITS = {"prompts": "grpo", "pairs": "dpo", "rankings": "dpo", "demonstrations": "sft"}
-NEEDS_PATH = {"rlhf_cli.rewards.model.Model", "rlhf_cli.rewards.python.Python"}
+NEEDS_PATH = {
+    "rlhf_cli.rewards.model.Model",
+    "rlhf_cli.rewards.python.Python",
+    "rlhf_cli.rewards.perplexity.Perplexity",
+}
 REQUIRED = {
+    **dict.fromkeys(("judge", "judge_anchor", "judge_listwise", "judge_pairwise", "oni"), "judge.backend=rule"),
+    "co_reward": "dataset=rephrased",
     "model": "reward.model.path=RUN",
     "python": "reward.python.path=mine.py:score",
     "regex": "reward.regex.pattern=x",
+    "perplexity": "reward.perplexity.path=FOLDER",
     "zero3_offload_nvme": "hardware.nvme_path=nvme",
+}
+
+
+FITTING = {
+    ("experiment", "p3o"): ["reward.model.path=RUN"],
+    ("experiment", "rto"): ["frozen.dpo.path=RUN", "reward.model.path=RUN"],
+    ("experiment", "salsa"): ["model.soup.path=RUN"],
+    ("shaping", "implicit_dpo"): ["algo=ppo", "frozen.dpo.path=RUN"],
+    ("rollout", "greedy"): ["algo=sft"],  # equal samples are refused in training; recorded rows need none
 }
 
 
@@ -38,15 +56,37 @@ def nodes(section: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield from nodes(inner, f"{key}.{name}".lstrip("."))
 
 
+GAME = ["reward=environment", "environment=guess_number"]
+TALKS = {  # options that need the other party of a dialogue
+    ("environment", "none"): ["environment=none", "reward=length"],
+    ("environment", "calculator"): ["environment=calculator", "dataset=rephrased", "reward=environment"],
+    ("environment", "guess_number"): GAME,
+    **{
+        ("environment", name): [f"environment={name}", "dataset=profiles", "reward=environment", "judge.backend=rule"]
+        for name in ("scripted_user", "simulated_user", "simulated_user_dialogue")
+    },
+    **{("experiment", name): [f"experiment={name}", "judge.backend=rule"] for name in ("rlpa", "rlpa_dialogue", "oni")},
+    ("reward", "environment"): GAME,
+    ("reward", "by_category"): ["reward=by_category", "reward.by_category.path=RUN"],
+    ("reward", "clause_distance"): ["reward=[clause_distance,bleu]"],
+    ("credit", "difficulty_scaled"): [
+        "credit=difficulty_scaled", "reward=[by_category,clause_distance]", "reward.by_category.path=RUN", "dataset=refusals",
+    ],
+    ("experiment", "dr_irl"): ["experiment=dr_irl", "reward.by_category.path=RUN"],
+    ("shaping", "turns"): ["shaping=turns", "credit=group_norm_to_go", *GAME],
+}  # fmt: skip
+
+
 def words_of(group: str, name: str) -> list[str]:
     """A command line around one option, with a recipe and records that fit it."""
     if group == "dataset":
-        raw = compose("train", [f"dataset={name}", "dataset.path=DATA"] if name != "quickstart" else [], None)
+        given = [] if "format: packaged" in catalog.groups()[group][name].path.read_text() else ["dataset.path=DATA"]
+        raw = compose("train", [f"dataset={name}", *given], None)
         fit = SHAPE_FITS.get(raw.dataset.shape, "sft")
         return [
             f"dataset={name}",
             f"algo={fit}",
-            *(["dataset.path=DATA"] if name != "quickstart" else []),
+            *given,
             "reward=length",
         ]
     if group in ("objective", "reduce"):
@@ -56,22 +96,33 @@ def words_of(group: str, name: str) -> list[str]:
     if group == "credit":
         return [
             f"credit={name}",
-            f"algo={'ppo' if name == 'gae' else 'sft' if name == 'none' else 'grpo'}",
+            f"algo={'ppo' if name.startswith('gae') else 'sft' if name == 'none' else 'grpo'}",
             *reader(name),
         ]
     if group == "select":
         return [f"select={name}", f"algo={'dpo' if 'pairs' in name or 'worst' in name else 'grpo'}"]
-    if group == "shaping" and name in ("kl",):
+    if group == "shaping" and name.partition("_")[0] in ("kl", "adaptive"):
         return [f"shaping={name}", "credit=group_norm_to_go"]
-    if (group, name) == ("rollout", "greedy"):  # equal samples are refused in training; recorded rows need none
-        return ["rollout=greedy", "algo=sft"]
+    if (group, name) in FITTING:
+        return [f"{group}={name}", *FITTING[group, name]]
     if (group, name) == ("rollout", "vllm") and not importlib.util.find_spec("vllm"):
         pytest.skip("vLLM IS NOT INSTALLED: type make vllm")
     if group == "source":
         return [f"source={name}", f"algo={'sft' if name == 'recorded' else 'grpo'}"]
-    return [f"{group}={name}", *([REQUIRED[name]] if group in ("reward", "hardware") and name in REQUIRED else [])]
+    return [
+        f"{group}={name}",
+        *WITH.get(group, []),
+        *WITH.get(f"{group}={name}", []),
+        *([REQUIRED[name]] if group in ("reward", "hardware") and name in REQUIRED else []),
+    ]
 
 
+WITH = {
+    "combine": ["reward=[bleu,length]"],
+    "combine=lagrangian": ["combine.thresholds.length=0.5"],
+    "combine=maxmin_records": ["combine.by_meta=team", "dataset.columns.meta.team=team"],
+    "rollout=greedy": ["algo=sft"],  # equal samples are refused in training; recorded rows need none
+}
 PAIRS = ["dataset=preferences", "dataset.path=DATA"]
 
 
@@ -85,6 +136,10 @@ def term_words(group: str, name: str) -> list[str]:
     takes = set(sig.columns)
     if "score_new" in takes:
         base, learner = ["algo=reward_model", *PAIRS], "reward"
+    elif "score" in takes:
+        base, learner = ["algo=dpo"] if "pairs" in takes else ["algo=ppo"], "policy"
+    elif "label" in takes:
+        base, learner = ["algo=sft", "dataset=rankings", "dataset.path=DATA"], "policy"
     elif "pairs" in takes:
         base, learner = ["algo=dpo", *PAIRS], "policy"
     else:
@@ -100,7 +155,12 @@ def term_words(group: str, name: str) -> list[str]:
 
 
 def option_node(group: str, name: str) -> dict[str, Any]:
-    text = catalog.groups()[group][name].path.read_text().replace("${rollout.max_tokens}", "64")
+    text = (
+        catalog.groups()[group][name]
+        .path.read_text()
+        .replace("${rollout.max_tokens}", "64")
+        .replace("${reward.environment.weight}", "1.0")
+    )
     return OmegaConf.to_container(OmegaConf.create(text))  # type: ignore[return-value]
 
 
@@ -108,21 +168,22 @@ def option_node(group: str, name: str) -> dict[str, Any]:
 def test_every_option_composes_builds_and_plans(group: str, name: str) -> None:
     if (group, name) == ("dataset", "thumbs"):
         pytest.skip("no shipped recipe takes thumbs up and down yet")
-    cfg = compose("train", words_of(group, name), None)
+    cfg = compose("train", TALKS.get((group, name)) or words_of(group, name), None)
     if group not in ("algo", "debug", "objective", "reduce"):
         assert name in str(cfg.names[group])
     plain = OmegaConf.to_container(cfg, resolve=True)
-    reserved = ("weight",)
     found = list(nodes(plain, ""))
     assert found
     for key, node in found:
-        kept = reserved if key.startswith("reward.") else ()
+        own = {"combine": RULE_RESERVED, "environment": OWN}
+        kept = RESERVED if key.startswith("reward.") else own.get(key, ())
         check_node(node, key, reserved=kept)
         if node["_target_"] not in NEEDS_PATH and not key.startswith("tracker."):
-            assert callable(build(node, key, reserved=kept)), key
+            made: Any = build(node, key, reserved=kept)
+            assert callable(made) or hasattr(made, "reset"), key
     plan = validate(cfg)
     assert plan.stages and plan.learners
-    if group in ("credit", "reward", "shaping", "objective", "reduce") and name != "none":
+    if group in ("credit", "combine", "reward", "shaping", "objective", "reduce") and name != "none":
         target = option_node(group, name)
         target = target if "_target_" in target else next(iter(target.values()))
         last = target["_target_"].rpartition(".")[2]
@@ -177,7 +238,7 @@ def test_new_keys_of_open_sections_need_no_marks() -> None:
         ("dataset.columns.prompt=[a]", "dataset.columns.prompt=[a]: Cannot convert 'list' to string"),
         (
             "debug.shufled_reward=true",
-            "debug: 'shufled_reward' is not allowed; choose one of shuffled_reward; did you mean",
+            "debug: 'shufled_reward' is not allowed; choose one of shuffled_reward, stand_ins; did you mean",
         ),
         ("hardware.deepsped.x=1", "hardware.deepsped: unknown key; did you mean 'deepspeed'?"),
     ],
@@ -240,3 +301,11 @@ def test_a_run_is_measured_on_what_it_was_trained_on() -> None:
     made = inherit(compose("eval", words, None), run, words, ("dataset", "reward", "rollout"))
     assert (made.dataset.path, made.dataset.limit, made.rollout.max_tokens) == ("mine.jsonl", 3, 7)
     assert list(made.reward) == ["chrf"]
+
+
+def test_one_group_is_chosen_at_several_places() -> None:
+    places = [f"reduce@updates.policy.{term}.reduce" for term in ("surrogate", "kl")]
+    cfg = train_cfg("algo=grpo", *(f"{place}=sequence_sum" for place in places))
+    assert [cfg.names[place] for place in places] == ["sequence_sum"] * 2
+    with pytest.raises(ConfigError, match="reduce is given twice"):
+        train_cfg("algo=grpo", f"{places[0]}=sequence_sum", f"{places[0]}=token_mean")

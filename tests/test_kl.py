@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_cli.kl import ESTIMATORS, estimate
-from rlhf_cli.objectives import kl_k1, kl_k2, kl_k3
+from rlhf_cli.objectives import kl_k1, kl_k2, kl_k3, kl_k3_corrected, kl_k3_straight
 
 P = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)  # the policy
 Q = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)  # the reference
@@ -26,12 +26,18 @@ def test_expected_value(kind: str, value: float) -> None:
     assert (P * estimate((P / Q).log(), kind)).sum().item() == pytest.approx(value, abs=1e-6)
 
 
+def on_policy(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    return kl_k3_corrected(logp, logp.detach(), ref_logp)
+
+
 @pytest.mark.parametrize(
     ("objective", "gradient"),
     [
         (kl_k1, (0.0, 0.0, 0.0)),
         (kl_k2, (0.421532, -0.272065, -0.149467)),  # grad KL(p||q) = p (ln p/q - KL)
         (kl_k3, (0.4, -0.2, -0.2)),  # grad KL(q||p) = p - q
+        (kl_k3_straight, (0.421532, -0.272065, -0.149467)),  # k2's
+        (on_policy, (0.421532, -0.272065, -0.149467)),  # k3 grad logp + grad k3, in expectation grad E_p[k3]
     ],
 )
 def test_expected_gradient(objective: Callable[..., Any], gradient: tuple[float, ...]) -> None:
@@ -68,3 +74,10 @@ def test_only_three_names() -> None:
     assert sorted(ESTIMATORS) == ["k1", "k2", "k3"]
     with pytest.raises(KeyError, match="k4"):
         estimate(torch.zeros(1), "k4")  # type: ignore[arg-type]
+
+
+def test_the_straight_k3_has_the_value_of_k3_and_the_corrected_one_that_of_the_whole_expectation() -> None:
+    d = torch.tensor([-1.0, 0.5, 2.0], dtype=torch.float64)
+    assert torch.allclose(kl_k3_straight(d, torch.zeros_like(d)), estimate(d, "k3"))
+    # samples from q as the old policy: E_q[p / q k3] = E_p[k3] = KL(p||q) = 0.396058
+    assert (Q * kl_k3_corrected(P.log(), Q.log(), Q.log())).sum().item() == pytest.approx(0.396058, abs=1e-6)

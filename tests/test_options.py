@@ -27,7 +27,7 @@ each_option = pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.n
 
 def nodes(path: Path) -> list[dict[str, Any]]:
     """The option's targets; shapers lie under their name, so that several compose."""
-    text = path.read_text().replace("${rollout.max_tokens}", "64")
+    text = path.read_text().replace("${rollout.max_tokens}", "64").replace("${reward.environment.weight}", "1.0")
     option = yaml.safe_load(text) or {}
     if path.parent.name != "shaping":
         return [option] if option else []
@@ -72,17 +72,35 @@ PUBLIC = [
 ]
 
 
+def documented(fn: Any) -> str:
+    """The docs of a function, or of a class, how it is made and how it is called."""
+    parts = [fn, *((fn.__init__, fn.__call__) if isinstance(fn, type) else ())]
+    found = [inspect.getdoc(part) or "" for part in parts]
+    return "\n".join(f.replace("\n", "\n    ") if f.startswith("Args:") else f for f in found)
+
+
+def parameters(fn: Any) -> dict[str, inspect.Parameter]:
+    """Columns and settings of a function, or of a class's calls and its making."""
+    if not isinstance(fn, type):
+        return dict(inspect.signature(fn).parameters)
+    call = dict(inspect.signature(fn.__call__).parameters)
+    call.pop("self")
+    return call | dict(inspect.signature(fn).parameters)
+
+
 @pytest.mark.parametrize("fn", PUBLIC, ids=lambda f: f.__name__)
 def test_docs_give_shape_source_and_every_parameter(fn: Any) -> None:
-    doc = inspect.getdoc(fn) or ""
+    doc = documented(fn)
     assert any(shape in doc for shape in ("[N, T]", "[N]", "[M]")), "say the shape"
     assert "See " in doc or "arXiv:" in doc or fn.__name__ in ("batch_mean", "group_norm_to_go", "scale"), (
         "cite the source"
     )
-    for name, p in inspect.signature(fn).parameters.items():
+    for name, p in parameters(fn).items():
         assert f"\n    {name}: " in doc, f"Args: {name} is not described"
         assert p.default is p.empty, f"{name}: defaults live in YAML"
-        assert p.kind is p.KEYWORD_ONLY or name in COLUMNS | OUTPUTS, f"{name} is not in the vocabulary"
+        assert p.kind is p.KEYWORD_ONLY or name in COLUMNS | OUTPUTS or name.endswith("_logp"), (
+            f"{name} is not in the vocabulary"
+        )
     read = signature(f"{fn.__module__}.{fn.__name__}")
     assert read.rowwise == is_rowwise(fn) and read.gives == getattr(fn, "gives", ())
 

@@ -113,7 +113,7 @@ def test_what_is_loaded_follows_from_the_columns(
         ),
         (
             ["algo=ppo", "learners.critic.head=valeu"],
-            "learners.critic.head: 'valeu' is not allowed; choose one of policy, value, score; did you mean 'value'?",
+            "learners.critic.head: 'valeu' is not allowed; choose one of policy, policy_value, value, score; did you mean 'value'?",
         ),
         (
             ["shaping=kl"],
@@ -340,3 +340,19 @@ def test_a_reward_that_loads_a_model_is_named_whatever_its_key() -> None:
     plan = validate(compose("train", ["reward=model", "reward.model.path=runs/judge"], None))
     assert plan.models["reward.model"] == "scores responses (runs/judge)"
     assert "reward.bleu" not in validate(compose("train", [], None)).models
+
+
+def test_the_batch_counts_what_is_drawn() -> None:
+    from rlhf_cli.report.planned import describe
+
+    # 8 prompts x (4 + 1 greedy) x 32 tokens; and 8 x 8 x 10 rollouts x 32
+    remax = describe(config("algo=remax", "batch.prompts=8", "batch.samples=4", "rollout.max_tokens=32"))
+    assert "8 prompts x 4 samples = 32 rows a step, over 1 process; a greedy response to each prompt besides" in remax
+    assert "at most 1280 new tokens a step (32 a response)" in remax
+    dapo = describe(config("algo=dapo", "rollout.max_tokens=32"))
+    assert "at most 20480 new tokens a step in up to 10 rollouts (32 a response)" in dapo
+
+
+def test_a_greedy_baseline_needs_sampled_rows() -> None:
+    assert "baseline" in next(s for s in validate(config("algo=remax")).stages if s.name == "baseline").gives
+    assert refusal("algo=remax", "source=recorded", *DEMONSTRATIONS).startswith("credit: greedy_baseline needs ")

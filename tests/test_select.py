@@ -2,7 +2,18 @@
 
 import torch
 
-from rlhf_cli.select import all_pairs, best_of_n, best_vs_worst, drop_zero_variance, gives, grouped, keep_all
+from rlhf_cli.select import (
+    all_pairs,
+    best_of_n,
+    best_vs_worst,
+    drop_zero_variance,
+    drop_zero_variance_mask_truncated,
+    gives,
+    group_pairs,
+    grouped,
+    keep_all,
+    mask_truncated,
+)
 
 # group 7: rows 0, 2, 5 scores 1, 3, 3 (the best is tied); group 4: rows 1, 3 equal; group 9: row 4 alone
 GROUP = torch.tensor([7, 4, 7, 4, 9, 7])
@@ -56,6 +67,16 @@ def test_all_pairs_of_four_different_scores_are_six() -> None:
     assert pairs is not None and sorted(map(tuple, pairs.tolist())) == [(0, 1), (0, 3), (2, 0), (2, 1), (2, 3), (3, 1)]
 
 
+def test_group_pairs_are_all_couples_of_a_group_the_better_row_first() -> None:
+    found = group_pairs(torch.tensor([0.0, 2.0, 0.0, 5.0]), torch.tensor([7, 7, 7, 1]))
+    assert found.keep is None and found.pairs is not None
+    assert found.pairs.tolist() == [
+        [0, 2],
+        [1, 0],
+        [1, 2],
+    ]  # a tie keeps the order of the rows; a group of one has none
+
+
 def test_best_of_n_keeps_row_order() -> None:
     # group 4: the first of two equal rows, 1; group 7: row 2; group 9: row 4
     keep, pairs, stats = best_of_n(SCORE, GROUP)
@@ -82,3 +103,13 @@ def test_gives_marks() -> None:
     def rule() -> None: ...
 
     assert rule.gives == ("pairs", "margin")  # type: ignore[attr-defined]
+
+
+def test_truncated_rows_leave_the_loss_and_stay_in_their_group() -> None:
+    mask = torch.ones(6, 2, dtype=torch.bool)
+    truncated = torch.tensor([True, False, False, False, True, False])
+    found = mask_truncated(mask, truncated)
+    assert found.keep is None and found.mask.sum(-1).tolist() == [0, 2, 2, 2, 0, 2]
+    both = drop_zero_variance_mask_truncated(SCORE, GROUP, mask, truncated)
+    assert both.keep is not None and both.keep.tolist() == [0, 2, 5] and torch.equal(both.mask, found.mask)
+    assert both.stats == {"dropped_rows": 3.0, "dropped_groups": 2.0, "masked_rows": 2.0}

@@ -13,7 +13,7 @@ from rlhf_cli import stages
 from rlhf_cli.engine.comm import Comm
 from rlhf_cli.errors import GateError
 from rlhf_cli.shaping import scale, sequence_kl, token_kl
-from rlhf_cli.types import Credit, Experience, Sample, Scores, Selection
+from rlhf_cli.types import Credit, Experience, Narrowed, Sample, Scores, Selection
 
 IGNORE = lambda score: None  # noqa: E731
 COMM = Comm(torch.device("cpu"))
@@ -230,3 +230,22 @@ def test_one_minibatch_is_everything_in_order_and_few_groups_give_fewer() -> Non
 def test_keep_does_nothing() -> None:
     exp = experience()
     assert stages.keep(exp) is exp
+
+
+def test_the_greedy_row_s_score_is_its_group_s_baseline() -> None:
+    counted: list[Mapping[str, float]] = []
+    greedy = torch.tensor([False, True, True, False, True, False])
+    score = stages.scoring(Numbered(failed=[2]), COMM, 0.5, IGNORE)
+    exp = stages.baselined(score, counted.append)(experience(greedy=greedy))
+    # rows 0, 3 and 5 are the others; the greedy row of group 1 has no score, so its row 3 leaves
+    assert exp.score.tolist() == [0, 5] and exp.baseline.tolist() == [1, 4] and exp.group.tolist() == [0, 4]
+    assert exp.greedy is None and counted == [{"without_baseline": 1.0}]
+
+
+def test_selecting_narrows_the_mask_and_leaves_rows_in_their_groups() -> None:
+    def rule(mask: Tensor, truncated: Tensor) -> Narrowed:
+        return Narrowed(mask & ~truncated[:, None], torch.tensor([0, 1, 2]))
+
+    truncated = torch.tensor([False, True] + [False] * 4)
+    exp = stages.selecting(rule, IGNORE)(experience(truncated=truncated))
+    assert len(exp) == 3 and exp.mask.any(-1).tolist() == [True, False, True]

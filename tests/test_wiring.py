@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf_cli import wiring
+from rlhf_cli import pipeline, wiring
 from rlhf_cli.data.record import Record
 from rlhf_cli.errors import GateError
 from rlhf_cli.rollout.builtin import refresh
@@ -30,9 +30,9 @@ def config(steps: int, warmup: int, schedule: str) -> Any:
 )
 def test_learning_rate(steps: int, warmup: int, schedule: str, wanted: list[float]) -> None:
     cfg = config(steps, warmup, schedule)
-    found = [wiring.learning_rate(cfg, {"policy": 0.01, "critic": 1.0}, "policy", s) for s in range(steps)]
+    found = [pipeline.learning_rate(cfg, {"policy": 0.01, "critic": 1.0}, "policy", s) for s in range(steps)]
     assert found == pytest.approx([0.01 * w for w in wanted], rel=1e-12)
-    assert wiring.learning_rate(cfg, {"policy": 0.01, "critic": 1.0}, "critic", 0) == pytest.approx(wanted[0])
+    assert pipeline.learning_rate(cfg, {"policy": 0.01, "critic": 1.0}, "critic", 0) == pytest.approx(wanted[0])
 
 
 def learner(module: nn.Module, moved: bool) -> Any:

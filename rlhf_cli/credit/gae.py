@@ -33,6 +33,41 @@ def gae(reward: Tensor, value: Tensor, mask: Tensor, *, gamma: float, lam: float
     return Credit(whitened(advantage, mask, ddof=1) if whiten else advantage, returns)
 
 
+@gives("advantage", "returns")
+def gae_biased(reward: Tensor, value: Tensor, mask: Tensor, *, gamma: float, lam: float) -> Credit:
+    """`gae` whitened with the biased variance (n), as OpenRLHF does.
+
+    See Hu et al., "OpenRLHF: An Easy-to-use, Scalable and High-performance RLHF Framework", arXiv:2405.11143.
+
+    Args:
+        reward: reward of each token, the score at the last one included, [N, T]
+        value: values of the critic, [N, T]
+        mask: trained tokens, [N, T] bool
+        gamma: discount per token
+        lam: trace decay; 1 is Monte Carlo, 0 is one-step
+    """
+    plain = gae(reward, value, mask, gamma=gamma, lam=lam, whiten=False)
+    return Credit(whitened(plain.advantage, mask, ddof=0), plain.returns)
+
+
+@gives("advantage", "returns")
+def gae_scaled_reward(reward: Tensor, value: Tensor, mask: Tensor, *, gamma: float, lam: float, whiten: bool) -> Credit:
+    """`gae` of rewards over their standard deviation in the batch; their mean is not shifted, [N, T].
+
+    See Huang et al., "The N+ Implementation Details of RLHF with PPO", arXiv:2403.17031 (whiten_rewards).
+
+    Args:
+        reward: reward of each token, the score at the last one included, [N, T]
+        value: values of the critic, [N, T]
+        mask: trained tokens, [N, T] bool
+        gamma: discount per token
+        lam: trace decay; 1 is Monte Carlo, 0 is one-step
+        whiten: shift and scale the advantage to mean 0 and variance 1 over the batch's tokens
+    """
+    scaled = torch.where(mask, reward * torch.rsqrt(reward[mask].var(correction=1).nan_to_num() + 1e-8), 0.0)
+    return gae(scaled, value, mask, gamma=gamma, lam=lam, whiten=whiten)
+
+
 def _next_value(value: Tensor, mask: Tensor) -> Tensor:
     """The value at the following mask token, 0 after the last one, [N, T]."""
     end = value.shape[1]

@@ -85,6 +85,35 @@ def group_norm_to_go(
 
 
 @gives("advantage")
+def group_norm_at_token(
+    score: Tensor,
+    reward: Tensor,
+    mask: Tensor,
+    group: Tensor,
+    *,
+    scale: Literal["std", "none"],
+    ddof: int,
+    eps: float,
+) -> Credit:
+    """`group_norm` of the score, plus each token's own reward (a KL penalty, say), not summed: A_t = norm(R) + r_t.
+
+    The form of NeMo-RL's REINFORCE++. A token is not charged for what follows it, so with a KL penalty this is k2 in the
+    loss and not the optimum of the penalised reward; see Hu, arXiv:2501.03262, for the summed form.
+
+    Args:
+        score: reward of each row, [N]
+        reward: reward of each token, the score at the last one included, [N, T]
+        mask: trained tokens, [N, T] bool
+        group: rows of one prompt share it, [N] int64
+        scale: std (divide by the group's standard deviation) or none
+        ddof: 1 for the sample standard deviation, 0 for the population's
+        eps: added to the standard deviation, score units
+    """
+    normalised = _normalised(score, group, scale, ddof, eps)
+    return Credit(torch.where(mask, _spread(normalised, mask) + reward - at_end(score, mask), 0.0))
+
+
+@gives("advantage")
 def group_whitened(score: Tensor, mask: Tensor, group: Tensor) -> Credit:
     """Score minus the group's mean, then scaled to unit variance over the tokens of the batch (biased variance).
 
@@ -97,6 +126,22 @@ def group_whitened(score: Tensor, mask: Tensor, group: Tensor) -> Credit:
         group: rows of one prompt share it, [N] int64
     """
     return Credit(whitened(_spread(_centred(score, grouped(score, group)), mask), mask, ddof=0))
+
+
+@gives("advantage", "returns")
+def greedy_baseline(reward: Tensor, baseline: Tensor, mask: Tensor) -> Credit:
+    """Sum of the rewards from each token on, minus the score of the prompt's greedy response: A_t = sum_{s >= t} r_s - b.
+
+    See Li et al., "ReMax: A Simple, Effective, and Efficient Reinforcement Learning Method for Aligning Large Language
+    Models", arXiv:2310.10505. Token rewards (a KL penalty) count in the sum and not in b. Returns are the sum.
+
+    Args:
+        reward: reward of each token, the score at the last one included, [N, T]
+        baseline: score of the greedy response to the row's prompt, [N]
+        mask: trained tokens, [N, T] bool
+    """
+    returns = discounted_sum(reward, mask, gamma=1.0)
+    return Credit(torch.where(mask, returns - baseline[:, None], 0.0), returns)
 
 
 @gives("advantage")

@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from rlhf_cli.config import nearest
 from rlhf_cli.data.columns import kind
 from rlhf_cli.data.spec import Spec
 from rlhf_cli.errors import ConfigError
@@ -21,7 +22,7 @@ def file_of(spec: Spec, part: str) -> Path | None:
     if spec.format == "hub":
         return None
     if spec.format == "packaged":
-        return Path(str(files("rlhf_cli.data").joinpath("quickstart", f"{part}.jsonl")))
+        return _packaged(spec.name or "quickstart", part)
     key, typed = ("path", spec.path) if part == "train" else ("heldout", spec.heldout)
     path = Path(typed).expanduser()
     if path.is_file():
@@ -29,6 +30,15 @@ def file_of(spec: Spec, part: str) -> Path | None:
     what = "is a folder" if path.is_dir() else "no such file"
     cut = ", or dataset.heldout= to cut records off the train file" if key == "heldout" else ""
     raise ConfigError(f"dataset.{key}={typed}: {what}; type dataset.{key}=FILE{cut}")
+
+
+def _packaged(name: str, part: str) -> Path:
+    """A file of a data set that is shipped with the package."""
+    home = Path(str(files("rlhf_cli.data")))
+    sets = sorted(p.parent.name for p in home.glob("*/train.jsonl"))
+    if name not in sets:
+        raise ConfigError(f"dataset.name={name}: not shipped; choose one of {', '.join(sets)}{nearest(name, sets)}")
+    return home / name / f"{part}.jsonl"
 
 
 def read(spec: Spec, part: str) -> Iterator[Line]:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from rlhf_cli.data.columns import Row
 from rlhf_cli.data.files import file_of, read, sha256
-from rlhf_cli.data.record import Record, counts
+from rlhf_cli.data.record import Record, counts, leading
 from rlhf_cli.data.shapes import digest, parse, uid_of
 from rlhf_cli.data.spec import Spec, spec_of
 from rlhf_cli.errors import ConfigError
@@ -22,14 +22,15 @@ def load(cfg: Any, split: Split) -> list[Record]:
     """The records of a split, in file order. Raises ConfigError naming file, line and column.
 
     Held-out records come from their own file or Hub split; without one, the prompts whose hash falls below
-    `heldout_fraction` are cut off, which depends on no order, no seed and no wording of the template.
+    `heldout_fraction` are cut off, which depends on no order, no seed and no wording of the template; linked records stay
+    on one side.
     `limit` then applies to train.
     """
     spec = spec_of(cfg)
     own = spec.heldout or spec.format == "packaged"
     records = _records(spec, split if own else "train", _stamp(spec, split if own else "train"))
     chosen = [r for r, _ in records] if own else _cut(spec, records, split)
-    return chosen[: spec.limit] if split == "train" and spec.limit else chosen
+    return leading(chosen, spec.limit) if split == "train" else chosen
 
 
 def load_whole(cfg: Any) -> list[Record]:

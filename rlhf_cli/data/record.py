@@ -24,6 +24,7 @@ class Record:
     meta: Mapping[str, Any] = field(default_factory=dict)
     uid: str = ""  # hash of the messages, with a counter for a prompt that comes again
     where: str = ""  # train.jsonl:17
+    link: str = ""  # records that share it are sampled in one step and scored together
 
 
 def counts(records: Sequence[Record]) -> dict[str, int]:
@@ -51,6 +52,39 @@ def _couples(r: Record) -> tuple[int, int]:
     couples = [(i, j) for i in range(len(r.scores)) for j in range(i)]
     ties = sum(r.scores[i] == r.scores[j] for i, j in couples)
     return ties, sum(r.scores[i] != r.scores[j] and r.responses[i] == r.responses[j] for i, j in couples)
+
+
+def units(records: Sequence[Record]) -> list[list[int]]:
+    """Indices of the records that belong together, by their link, in the order in which they first appear; others stand alone."""
+    members: dict[Any, list[int]] = {}
+    for i, r in enumerate(records):
+        members.setdefault(r.link or i, []).append(i)
+    return list(members.values())
+
+
+def check_links(records: Sequence[Record], prompts: int) -> None:
+    """Refuse links that join different numbers of records, and steps of `prompts` records that would cut one."""
+    groups = units(records)
+    sizes = sorted({len(u) for u in groups})
+    if len(sizes) > 1:
+        odd = records[next(u for u in groups if len(u) == sizes[0])[0]]
+        raise ConfigError(
+            f"{odd.where}: column 'link' joins {sizes[0]} record(s) as {odd.link!r} and {sizes[-1]} elsewhere; "
+            "every link must join the same number of records"
+        )
+    if sizes and prompts % sizes[0]:
+        raise ConfigError(
+            f"batch.prompts={prompts} would cut linked records apart: every link joins {sizes[0]}; "
+            f"type batch.prompts={-(-prompts // sizes[0]) * sizes[0]}"
+        )
+
+
+def leading(records: Sequence[Record], n: int) -> list[Record]:
+    """The first `n` records, or all for 0, without those whose linked partners would be cut off."""
+    if not n or n >= len(records):
+        return list(records)
+    kept = {i for unit in units(records) if max(unit) < n for i in unit}
+    return [r for i, r in enumerate(records) if i in kept]
 
 
 def check_references(records: Sequence[Record], what: str) -> None:

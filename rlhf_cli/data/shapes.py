@@ -43,8 +43,11 @@ def parse(row: Row) -> Parsed:
     references = _references(row)
     if row.spec.shape == "demonstrations" and not row.mapped("references"):
         references = tuple(_answer(row, "response", x) for x in found["responses"])
-    record = Record(messages=messages, prompt=text, references=references, meta=meta, where=row.where, **found)
-    return Parsed(record, key)
+    link = _link(row)
+    record = Record(
+        messages=messages, prompt=text, references=references, meta=meta, where=row.where, link=link, **found
+    )
+    return Parsed(record, link or key)
 
 
 def _prompts(row: Row) -> Found:
@@ -174,6 +177,18 @@ def _system(row: Row, column: str, turns: Turns) -> Turns:
     if turns[0]["role"] == "system":
         raise row.error(column, "has a system turn already", "type dataset.system= to keep the data's own")
     return ({"role": "system", "content": row.spec.system}, *turns[:-1])
+
+
+def _link(row: Row) -> str:
+    """What joins a record to others: text, or a whole number; empty where nothing is mapped or the row holds null."""
+    value = row.take("link") if row.mapped("link") else None
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
+        raise row.error(
+            "link", f"holds {kind(value) if value != '' else 'an empty text'}", "wanted text or a whole number"
+        )
+    return str(value)
 
 
 def _references(row: Row) -> tuple[str, ...]:

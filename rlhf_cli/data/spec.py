@@ -21,13 +21,15 @@ REQUIRED: dict[str, tuple[str, ...]] = {
 }
 """Shape -> the columns it reads; unless mapped otherwise, the file's columns of the same names."""
 
-OPTIONAL = ("references", "margin", "messages")
+OPTIONAL = ("references", "margin", "messages", "link")
 """Read only where `dataset.columns` maps them."""
 
 PROVIDES: dict[str, frozenset[str]] = {
     "prompts": frozenset(),
     "pairs": frozenset({"pairs", "responses"}),
-    "rankings": frozenset({"pairs", "margin", "responses"}),  # margin: the difference of the scores
+    "rankings": frozenset(
+        {"pairs", "margin", "label", "responses"}
+    ),  # margin: the difference of the scores, the labels
     "thumbs": frozenset({"label", "responses"}),
     "demonstrations": frozenset({"references", "responses"}),
 }
@@ -89,12 +91,12 @@ def spec_of(cfg: Any) -> Spec:
 
 
 def gives(cfg: Any) -> frozenset[str]:
-    """Which of references, pairs, margin, label, responses the configured dataset provides, from its shape and columns alone.
+    """Which of references, link, pairs, margin, label, responses the configured dataset provides, from its shape and columns alone.
 
     A demonstration is its own reference, so that `reward=bleu` runs on demonstrations.
     """
     spec = spec_of(cfg)
-    mapped = {"references", "margin"} if spec.shape == "pairs" else {"references"}
+    mapped = {"references", "link"} | ({"margin"} if spec.shape == "pairs" else set())
     return PROVIDES[spec.shape] | (mapped & dict(spec.columns).keys())
 
 

@@ -34,6 +34,38 @@ def response_ids(text: str, tokenizer: Any, chat: bool = True) -> list[int]:
     return [*_encode(tokenizer, text), end_id(tokenizer, chat)]
 
 
+def follow_up(messages: Sequence[Mapping[str, str]], tokenizer: Any, chat: bool, *, ended: bool) -> list[int]:
+    """Ids between a turn of the assistant and its next one: the end of its turn, what others say, and where it speaks again.
+
+    `ended`: the assistant's turn has its end token already. What stands before is never written again, so a dialogue's ids only grow.
+    """
+    if not (chat and tokenizer.chat_template):
+        return _encode(tokenizer, "".join(f"\n\n{m['content']}" for m in messages))
+    spoken = [{"role": "user", "content": "x"}, {"role": "assistant", "content": SENTINEL}]
+    ids = _encode(tokenizer, _template(tokenizer, [*spoken, *messages], True).partition(SENTINEL)[2])
+    closing = _encode(tokenizer, _template(tokenizer, spoken, False).partition(SENTINEL)[2])
+    end = end_id(tokenizer, chat)
+    return ids[closing.index(end) + 1 :] if ended and end in closing else ids
+
+
+def check_dialogue(tokenizer: Any, chat: bool) -> None:
+    """Refuse a chat template that does not write a dialogue turn by turn: rows would hold what no later chat reads."""
+    if not (chat and tokenizer.chat_template):
+        return
+    turns: list[dict[str, str]] = []
+    grown = ""
+    for n in range(3):
+        asked = {"role": "user", "content": f"x{n}"}
+        whole = _template(tokenizer, [*turns, asked], True)
+        if not whole.startswith(grown):
+            raise GateError(
+                "the chat template rewrites earlier turns of a dialogue, so that a row of several turns is not what a later chat reads; "
+                "type model.chat_template=FILE for another one, or environment.rows=turn"
+            )
+        turns += [asked, {"role": "assistant", "content": f"{SENTINEL}{n}"}]
+        grown = whole + f"{SENTINEL}{n}"
+
+
 def end_id(tokenizer: Any, chat: bool = True) -> int:
     """The token that ends an assistant's turn: what the chat template writes after it, or else EOS."""
     return _end_id(tokenizer, tokenizer.chat_template if chat else None)

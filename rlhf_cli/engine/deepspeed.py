@@ -11,7 +11,7 @@ import math
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -239,7 +239,7 @@ class DeepSpeedEngine:
 
 
 class Frozen:
-    """A model that is only read, sharded over ranks like the learners: the reference."""
+    """A model that is only read, its rows shared among ranks like the learners': the reference. It has no mask of what was allowed."""
 
     def __init__(
         self, module: nn.Module, setup: Setup, comm: Comm, around: AbstractContextManager[Any] | Any = None
@@ -249,6 +249,7 @@ class Frozen:
 
     def infer(self, exp: Experience, want: frozenset[str]) -> dict[str, Tensor]:
         """Outputs `want` of all rows, on every rank."""
+        exp = replace(exp, allowed=None)
         batches = exact.micro_batches(exp, self.comm.world, self.setup.budget, bool(self.module.packing))[
             self.comm.rank
         ]

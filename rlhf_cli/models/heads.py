@@ -16,11 +16,15 @@ from torch.utils.checkpoint import checkpoint
 
 from rlhf_cli.models.packing import pack, shifted, to_device
 
-CHUNK = 256  # positions whose logits exist at a time
+CHUNK = 256  # positions whose logits exist at a time, where all of the vocabulary is needed at once
+BLOCK = {"cpu": 1 << 21}  # logits that exist at a time where it is not: on a CPU what its cache holds
+MULTIPLE = 256  # tokens of the vocabulary in a block are a multiple of it
 
 
 class PolicyHead(nn.Module):
     """A causal language model that returns `logp` and `entropy` [N, T] of the trained tokens.
+
+    Where rows say which tokens were `allowed` [N, S, B], these are of the distribution on them, and `full_logp` is of the whole one.
 
     Args:
         model: a Hugging Face causal language model, with or without peft adapters.
@@ -35,28 +39,95 @@ class PolicyHead(nn.Module):
         self.packing = packing
 
     def forward(
-        self, ids: Tensor, attention: Tensor, mask: Tensor, group: Tensor, want: frozenset[str]
+        self,
+        ids: Tensor,
+        attention: Tensor,
+        mask: Tensor,
+        group: Tensor,
+        want: frozenset[str],
+        allowed: Tensor | None = None,
     ) -> dict[str, Tensor]:
+        hidden, place = run_backbone(inner(self.model).get_decoder(), ids, attention, group, self.packing)
+        return self.token_outputs(hidden, place, ids, mask, want, allowed)
+
+    def token_outputs(
+        self, hidden: Tensor, place: Tensor, ids: Tensor, mask: Tensor, want: frozenset[str], allowed: Tensor | None
+    ) -> dict[str, Tensor]:
+        """`logp`, `entropy` and `full_logp` from hidden states [L, D] and the flat position [N, T] of every token."""
         hf = inner(self.model)
-        hidden, place = run_backbone(hf.get_decoder(), ids, attention, group, self.packing)  # [L, D], [N, T]
         source = shifted(place)[mask]  # [n]
         targets = ids[mask].to(hidden.device)
-        entropy = "entropy" in want
         where = mask.to(hidden.device)
+        outs: dict[str, Tensor] = {}
+        if "full_logp" in want:
+            outs["full_logp"] = self._columns(hf, hidden, source, targets, where, False, None)["logp"]
+        if want & {"logp", "entropy"}:
+            bits = None if allowed is None else of_tokens(allowed, mask)
+            found = self._columns(hf, hidden, source, targets, where, "entropy" in want, bits)
+            outs |= {k: v for k, v in found.items() if k in want}
+        return outs
+
+    def _columns(
+        self,
+        hf: Any,
+        hidden: Tensor,
+        source: Tensor,
+        targets: Tensor,
+        where: Tensor,
+        entropy: bool,
+        allowed: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """`logp`, and `entropy` where asked for, [N, T] of the trained tokens, over what is `allowed` [n, B]."""
         weight = plain_weight(hf.get_output_embeddings())
-        if weight is not None and not entropy and not _cap(hf):
+        if weight is not None and not entropy and not _cap(hf) and allowed is None:
             chosen = hidden[source.to(hidden.device)]
             return {"logp": _scatter(where, LinearLogp.apply(chosen, weight, targets, self.temperature))}
         parts = []
-        for rows, target in zip(source.split(CHUNK), targets.split(CHUNK), strict=True):
+        sets = [None] * len(source.split(CHUNK)) if allowed is None else allowed.split(CHUNK)
+        for rows, target, bits in zip(source.split(CHUNK), targets.split(CHUNK), sets, strict=True):
             chunk = hidden[rows.to(hidden.device)]
-            args = (hf.get_output_embeddings(), chunk, target, self.temperature, _cap(hf), entropy)
+            args = (hf.get_output_embeddings(), chunk, target, self.temperature, _cap(hf), entropy, bits)
             parts.append(
                 checkpoint(_token_logp, *args, use_reentrant=False) if torch.is_grad_enabled() else _token_logp(*args)
             )
         names = ("logp", "entropy") if entropy else ("logp",)
         columns = [torch.cat(x) for x in zip(*parts, strict=True)] if parts else [precise(hidden[:0].sum(-1))] * 2
-        return {name: _scatter(where, x) for name, x in zip(names, columns, strict=False) if name in want}
+        return {name: _scatter(where, x) for name, x in zip(names, columns, strict=False)}
+
+
+class SharedHead(PolicyHead):
+    """A `PolicyHead` with a linear value head on the same hidden states: `logp`, `entropy` and `value_new`, [N, T] each.
+
+    The value head starts as `load_scalar`'s: normal of variance 1 / (hidden + 1), without bias.
+
+    Args:
+        model: a Hugging Face causal language model, with or without peft adapters.
+        temperature: logits are divided by it, as the sampler did.
+        packing: share prefixes and drop padding; off: padded rows and the model's own attention.
+        seed: of the value head.
+    """
+
+    def __init__(self, model: nn.Module, *, temperature: float, packing: bool, seed: int) -> None:
+        super().__init__(model, temperature=temperature, packing=packing)
+        like = inner(model).get_input_embeddings().weight
+        self.value = nn.Linear(like.shape[1], 1, bias=False, dtype=like.dtype)
+        drawn = torch.empty(1, like.shape[1])
+        drawn.normal_(std=(like.shape[1] + 1) ** -0.5, generator=torch.Generator().manual_seed(seed))
+        self.value.weight.data.copy_(drawn)
+
+    def forward(
+        self,
+        ids: Tensor,
+        attention: Tensor,
+        mask: Tensor,
+        group: Tensor,
+        want: frozenset[str],
+        allowed: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        hidden, place = run_backbone(inner(self.model).get_decoder(), ids, attention, group, self.packing)
+        tokens = want - {"value_new"}
+        outs = self.token_outputs(hidden, place, ids, mask, tokens, allowed) if tokens else {}
+        return outs | (token_values(self.value, hidden, place, mask) if "value_new" in want else {})
 
 
 class ScalarHead(nn.Module):
@@ -75,18 +146,29 @@ class ScalarHead(nn.Module):
         self.packing = packing
 
     def forward(
-        self, ids: Tensor, attention: Tensor, mask: Tensor, group: Tensor, want: frozenset[str]
+        self,
+        ids: Tensor,
+        attention: Tensor,
+        mask: Tensor,
+        group: Tensor,
+        want: frozenset[str],
+        allowed: Tensor | None = None,
     ) -> dict[str, Tensor]:
         hf = inner(self.model)
         hidden, place = run_backbone(hf.base_model, ids, attention, group, self.packing)
         outs: dict[str, Tensor] = {}
         if "value_new" in want:
-            at = shifted(place)[mask].to(hidden.device)
-            outs["value_new"] = _scatter(mask.to(hidden.device), precise(hf.score(hidden[at]).squeeze(-1)))
+            outs |= token_values(hf.score, hidden, place, mask)
         if "score_new" in want:
             last = place.gather(1, attention.sum(-1, keepdim=True) - 1).squeeze(1).to(hidden.device)
             outs["score_new"] = precise(hf.score(hidden[last]).squeeze(-1))
         return outs
+
+
+def token_values(head: nn.Module, hidden: Tensor, place: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """`value_new` [N, T] of a linear head: the number read one token earlier, before token t is seen."""
+    at = shifted(place)[mask].to(hidden.device)
+    return {"value_new": _scatter(mask.to(hidden.device), precise(head(hidden[at]).squeeze(-1)))}
 
 
 def inner(model: nn.Module) -> Any:
@@ -112,37 +194,62 @@ def run_backbone(backbone: Any, ids: Tensor, attention: Tensor, group: Tensor, p
     return out.last_hidden_state.flatten(0, 1), torch.arange(ids.numel()).view_as(ids)
 
 
+def of_tokens(allowed: Tensor, mask: Tensor) -> Tensor:
+    """The sets [n, B] of the trained tokens of rows, in the order of `mask` [N, T], of the column `allowed` [N, S, B]."""
+    return allowed[torch.arange(allowed.shape[1]) < mask.sum(-1, keepdim=True)]
+
+
+def unpacked_bits(bits: Tensor, size: int) -> Tensor:
+    """[n, size] bool of a bit per entry, [n, B] uint8, the highest bit first."""
+    shift = torch.arange(7, -1, -1, dtype=torch.uint8, device=bits.device)
+    return ((bits[:, :, None] >> shift) & 1).bool().flatten(1)[:, :size]
+
+
 def _token_logp(
-    head: nn.Module, hidden: Tensor, target: Tensor, temperature: float, cap: float | None, entropy: bool
+    head: nn.Module,
+    hidden: Tensor,
+    target: Tensor,
+    temperature: float,
+    cap: float | None,
+    entropy: bool,
+    allowed: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     logits = head(hidden)
     if cap:
         logits = cap * torch.tanh(logits / cap)
     if temperature != 1.0:
         logits = precise(logits) / temperature
+    if allowed is not None:
+        ban = ~unpacked_bits(allowed.to(logits.device), logits.shape[-1])
+        logits = logits.masked_fill(ban, float("-inf"))
     if not entropy:
         return (TargetLogp.apply(logits, target),)
     wide = precise(logits)
     total = wide.logsumexp(-1)
     logp = wide.gather(-1, target[:, None]).squeeze(-1) - total
-    return logp, total - ((wide - total[:, None]).exp() * wide).sum(-1)
+    p = (wide - total[:, None]).exp()
+    return logp, total - (p * (wide if allowed is None else wide.masked_fill(ban, 0.0))).sum(-1)
 
 
 class LinearLogp(torch.autograd.Function):
     """log softmax(hidden @ weight.T / temperature)[target], [n], of hidden [n, D] and weight [V, D], at least in fp32.
 
-    Only one number per row is saved; logits are made again in the backward pass, a chunk at a time, and the gradient of the weight is
-    added up in fp32 at least.
+    Logits exist for all positions and a block of the vocabulary at a time, and are made again in the backward pass. So the weight is
+    read once a pass, its gradient is written once, and a block stays in the processor's cache. One number per row is saved.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> Tensor:
-        picked, total = [hidden.new_empty(len(hidden), dtype=_wide(hidden.dtype)) for _ in range(2)]
-        for at in _chunks(len(hidden)):
-            x = _logits(hidden[at], weight, temperature)
-            picked[at] = x.gather(-1, target[at, None]).squeeze(-1)
-            top = x.amax(-1, keepdim=True)
-            total[at] = x.sub_(top).exp_().sum(-1).log_() + top.squeeze(-1)
+        wide = _wide(hidden.dtype)
+        picked, total = (hidden.new_zeros(len(hidden), dtype=wide) for _ in range(2))
+        top = hidden.new_full((len(hidden),), float("-inf"), dtype=wide)
+        for at in _blocks(hidden, weight):
+            x = _logits(hidden, weight[at], temperature)
+            rows, column = _inside(target, at)
+            picked[rows] = x[rows, column]
+            before, top = top, torch.maximum(top, x.amax(-1))
+            total.mul_((before - top).exp_()).add_(x.sub_(top[:, None]).exp_().sum(-1))
+        total = total.log_().add_(top)
         ctx.save_for_backward(hidden, weight, target, total)
         ctx.temperature = temperature
         return picked - total
@@ -151,19 +258,19 @@ class LinearLogp(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
         hidden, weight, target, total = ctx.saved_tensors
         grad = grad / ctx.temperature
-        hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        weight_grad = weight.new_zeros(weight.shape, dtype=grad.dtype) if ctx.needs_input_grad[1] else None
-        for at in _chunks(len(hidden)):
-            x = _logits(hidden[at], weight, ctx.temperature)
-            x.sub_(total[at, None]).exp_().mul_(-grad[at, None]).scatter_add_(-1, target[at, None], grad[at, None])
+        hidden_grad = torch.zeros_like(hidden, dtype=grad.dtype) if ctx.needs_input_grad[0] else None
+        weight_grad = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        for at in _blocks(hidden, weight):
+            x = _logits(hidden, weight[at], ctx.temperature)
+            x.sub_(total[:, None]).exp_().mul_(-grad[:, None])
+            rows, column = _inside(target, at)
+            x[rows, column] += grad[rows]
             x = x.to(weight.dtype)
             if hidden_grad is not None:
-                torch.mm(x, weight, out=hidden_grad[at])
-            if weight_grad is not None and weight_grad.dtype == x.dtype:
-                weight_grad.addmm_(x.t(), hidden[at])
-            elif weight_grad is not None:
-                weight_grad += x.t() @ hidden[at]
-        return hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype), None, None
+                hidden_grad += x @ weight[at]
+            if weight_grad is not None:
+                torch.mm(x.t(), hidden, out=weight_grad[at])
+        return None if hidden_grad is None else hidden_grad.to(hidden.dtype), weight_grad, None, None
 
 
 def plain_weight(head: nn.Module) -> Tensor | None:
@@ -179,8 +286,17 @@ def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
     return x if temperature == 1.0 else x.div_(temperature)
 
 
-def _chunks(n: int) -> list[slice]:
-    return [slice(i, min(n, i + CHUNK)) for i in range(0, n, CHUNK)]
+def _blocks(hidden: Tensor, weight: Tensor) -> list[slice]:
+    """Parts of the vocabulary whose logits, with all positions, are BLOCK numbers or few more."""
+    v = len(weight)
+    size = max(MULTIPLE, BLOCK.get(hidden.device.type, 1 << 25) // max(1, len(hidden)) // MULTIPLE * MULTIPLE)
+    return [slice(i, min(v, i + size)) for i in range(0, v, size)]
+
+
+def _inside(target: Tensor, at: slice) -> tuple[Tensor, Tensor]:
+    """The positions whose target [n] lies in a block, and its column there."""
+    rows = ((target >= at.start) & (target < at.stop)).nonzero().flatten()
+    return rows, target[rows] - at.start
 
 
 class TargetLogp(torch.autograd.Function):
@@ -230,4 +346,5 @@ def stage_inputs(exp: Any, rows: Tensor) -> Mapping[str, Tensor]:
         "attention": attention[:, :width],
         "mask": exp.mask[rows, :width],
         "group": exp.group[rows],
+        **({} if exp.allowed is None else {"allowed": exp.allowed[rows]}),
     }

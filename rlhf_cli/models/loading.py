@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rlhf_cli import standins
 from rlhf_cli.config import ModelSection
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.models.smollm2 import quiet, smollm2
@@ -28,6 +29,8 @@ ADAPTER = "adapter_config.json"
 
 def resolve(cfg_model: ModelSection) -> Path | str:
     """Where the model lies: a folder, a Hub id, or `tiny_random`. `model.path` wins over `model.source`."""
+    if standins.seed_of(cfg_model.path) is not None:
+        return NAME
     if cfg_model.path:
         return _folder(cfg_model.path)
     if cfg_model.source == "smollm2":
@@ -63,7 +66,7 @@ def load_causal(cfg_model: ModelSection, *, dtype: torch.dtype, seed: int) -> An
     """The language model in evaluation mode. `seed` makes the weights of a random model; others do not need it."""
     where = resolve(cfg_model)
     if where == NAME:
-        return _ready(tiny_causal(seed, dtype))
+        return _ready(tiny_causal(_seed(cfg_model, seed), dtype))
     from transformers import AutoModelForCausalLM
 
     if _is_adapter(where):
@@ -86,7 +89,7 @@ def load_scalar(cfg_model: ModelSection, *, dtype: torch.dtype, seed: int) -> An
     """
     where = resolve(cfg_model)
     if where == NAME:
-        return _ready(_fresh_head(tiny_scalar(seed, dtype), seed))
+        return tiny_reward_model(_seed(cfg_model, seed), dtype)
     from transformers import AutoModelForSequenceClassification
 
     with torch.random.fork_rng(devices=[]):
@@ -94,11 +97,26 @@ def load_scalar(cfg_model: ModelSection, *, dtype: torch.dtype, seed: int) -> An
     return _ready(model if _is_scalar(where, cfg_model) else _fresh_head(model, seed))
 
 
+def tiny_reward_model(seed: int, dtype: torch.dtype) -> Any:
+    """The random sequence classifier of a seed."""
+    return _ready(_fresh_head(tiny_scalar(seed, dtype), seed))
+
+
+def _seed(cfg_model: ModelSection, seed: int) -> int:
+    """That of a path `tiny:SEED`, or the run's."""
+    own = standins.seed_of(cfg_model.path)
+    return seed if own is None else own
+
+
 def fingerprint(cfg_model: ModelSection) -> dict[str, Any]:
     """What was loaded: the name, the sha256 of each weights file, and that of the config."""
     where = resolve(cfg_model)
     if where == NAME:
-        return {"path": NAME, "config": _digest(tiny_config().to_json_string().encode()), "weights": {}}
+        return {
+            "path": cfg_model.path or NAME,
+            "config": _digest(tiny_config().to_json_string().encode()),
+            "weights": {},
+        }
     if isinstance(where, str):
         from transformers.utils.hub import cached_file
 

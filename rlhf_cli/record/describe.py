@@ -26,6 +26,10 @@ def describe(exp: Experience) -> dict[str, Any]:
         row["advantage/abs_max"] = float(exp.advantage.abs().max())
     if lengths:
         row |= {"response/length": mean(lengths), "response/length_max": int(max(lengths))}
+    if exp.ref_logp is not None and len(exp):
+        from rlhf_cli.detectors import frontier
+
+        row |= {f"hack/{k}": mean(v) for k, v in frontier(exp).items()}
     if exp.truncated is not None and len(exp):
         row["response/truncated"] = mean(_numbers(exp.truncated))
     row["count/rows"] = len(exp)
@@ -49,6 +53,7 @@ def rows_of(exp: Experience, limit: int) -> list[dict[str, Any]]:
         {"row": i, "uid": s.uid}
         | {k: v[i] for k, v in there.items()}
         | {"components": {k: v[i] for k, v in parts.items()}, "prompt": s.prompt, "response": s.response}
+        | ({"turns": s.meta["turns"]} if "turns" in s.meta else {})
         for i, s in enumerate(exp.samples[:limit])
     ]
 

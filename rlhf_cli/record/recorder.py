@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 RESERVED = (
     "score",
     "select",
+    "shaping",
+    "credit",
     "component",
+    "hack",
     "response",
     "count",
     "advantage",

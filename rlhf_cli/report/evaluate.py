@@ -14,9 +14,11 @@ from rlhf_cli.data.record import Record
 from rlhf_cli.engine.comm import Comm
 from rlhf_cli.rollout.sampler import Decoding, Sampler
 from rlhf_cli.sources.assemble import sample_of, texts_of
+from rlhf_cli.sources.episodes import grouped, play
+from rlhf_cli.sources.play import Player, with_wave
 from rlhf_cli.sources.sampled import draw, early, row_seed
 from rlhf_cli.stages import score_sharded
-from rlhf_cli.types import Experience, Scorer
+from rlhf_cli.types import Experience, Sample, Scorer
 
 Row = dict[str, Any]
 
@@ -81,27 +83,25 @@ def generate_and_score(
     *,
     k: int,
     seed: int,
+    player: Player | None = None,
 ) -> list[Row]:
-    """`k` responses to every record and their scores: one row each, on every rank."""
+    """`k` responses to every record, or `k` dialogues with the player's environment, and their scores: one row each, on every rank."""
     seeds = [row_seed(seed, -1, p, j) for p in range(len(records)) for j in range(k)]
-    drawn = draw(sampler, encoded, k, seeds, comm, decoding, early(getattr(scorer, "begin", None), sampler, records))
-    texts = texts_of(sampler, drawn.ids)
-    owner = [(i, j) for i in range(len(records)) for j in range(k)]
-    samples = tuple(sample_of(records[i], t) for (i, _), t in zip(owner, texts, strict=True))
-    rows: list[Row] = [
-        {
-            "uid": records[i].uid,
-            "sample": j,
-            "prompt": records[i].prompt,
-            "response": t,
-            "tokens": len(ids),
-            "truncated": bool(cut),
-        }
-        for (i, j), t, ids, cut in zip(owner, texts, drawn.ids, drawn.truncated, strict=True)
-    ]
+    if player is not None:
+        rows, samples, group = _dialogues(player, records, k, seeds, comm, decoding)
+    else:
+        drawn = draw(
+            sampler, encoded, k, seeds, comm, decoding, early(getattr(scorer, "begin", None), sampler, records)
+        )
+        owner = [records[i] for i in range(len(records)) for _ in range(k)]
+        samples = tuple(sample_of(r, t) for r, t in zip(owner, texts_of(sampler, drawn.ids), strict=True))
+        group = torch.arange(len(records)).repeat_interleave(k)
+        rows = [
+            _row(s, n % k, len(ids), cut)
+            for n, (s, ids, cut) in enumerate(zip(samples, drawn.ids, drawn.truncated, strict=True))
+        ]
     if scorer is None:
         return rows
-    group = torch.tensor([i for i, _ in owner])
     scores = score_sharded(
         scorer, Experience(samples=samples, ids=torch.zeros(len(rows), 1, dtype=torch.int64), group=group), comm
     )
@@ -110,6 +110,24 @@ def generate_and_score(
         row["score"] = None if missing[n] else float(scores.value[n])
         row["components"] = {c: float(x[n]) for c, x in scores.components.items() if not torch.isnan(x[n])}
     return rows
+
+
+def _row(sample: Sample, number: int, tokens: int, truncated: bool) -> Row:
+    names = {"uid": sample.uid, "sample": number, "prompt": sample.prompt, "response": sample.response}
+    turns = {"turns": [t["response"] for t in sample.meta["turns"]]} if "turns" in sample.meta else {}
+    return names | turns | {"tokens": tokens, "truncated": bool(truncated)}
+
+
+def _dialogues(
+    player: Player, records: Sequence[Record], k: int, seeds: Sequence[int], comm: Comm, decoding: Decoding
+) -> tuple[list[Row], tuple[Sample, ...], torch.Tensor]:
+    """Rows, samples and groups [N] of dialogues, or of their turns."""
+    played = play(player, records, k, seeds, comm, with_wave(decoding, len(seeds)))
+    flat = [(j, row) for rows in played for j, row in enumerate(rows)]
+    samples = tuple(row.sample() for _, row in flat)
+    spoken = [sum(len(ids) for ids, logp in row.pieces if logp is not None) for _, row in flat]
+    rows = [_row(s, j, n, row.truncated) for s, (j, row), n in zip(samples, flat, spoken, strict=True)]
+    return rows, samples, grouped(played)
 
 
 def summarise(rows: Sequence[Row], resamples: int) -> dict[str, float]:

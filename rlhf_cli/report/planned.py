@@ -35,6 +35,7 @@ def describe(cfg: Any) -> str:
     copies = {}
     if "reference" in plan.models and not cfg.model.lora.r:
         copies["reference"] = "frozen weights"
+    copies |= dict.fromkeys(cfg.frozen, "frozen weights")
     if plan.source == "sampled" and (cfg.hardware.zero == 3 or "policy" not in plan.learners):
         copies["sampler"] = "a whole copy that samples"
     lines += ["", "Memory per process (estimate)", *memory(cfg, plan.learners, copies, hw | {"processes": world})]
@@ -58,10 +59,13 @@ def _batch(cfg: Any, plan: Plan, world: int) -> list[str]:
     if plan.source == "recorded":
         return [f"  {b.prompts} records a step with all their responses, {over}", count]
     rows = b.prompts * b.samples
+    drawn = b.prompts * (b.samples + plan.greedy) * b.resample
+    more = "; a greedy response to each prompt besides" if plan.greedy else ""
+    rollouts = f" in up to {b.resample} rollouts" if b.resample > 1 else ""
     return [
-        f"  {b.prompts} prompts x {b.samples} samples = {rows} rows a step, {over}",
+        f"  {b.prompts} prompts x {b.samples} samples = {rows} rows a step, {over}{more}",
         count,
-        f"  at most {rows * cfg.rollout.max_tokens} new tokens a step ({cfg.rollout.max_tokens} a response)",
+        f"  at most {drawn * cfg.rollout.max_tokens} new tokens a step{rollouts} ({cfg.rollout.max_tokens} a response)",
     ]
 
 

@@ -1,54 +1,78 @@
-"""Several rewards as one: the weighted sum, with every part kept."""
+"""Several rewards as one, with every part kept."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlhf_cli.combine import weighted_sum
 from rlhf_cli.errors import GateError
+from rlhf_cli.rewards.joining import Rule, by_rule, extras, plain
 from rlhf_cli.rewards.pool import Pooled
 from rlhf_cli.types import Sample, Scorer, Scores
 
 
 class Combined:
-    """value = sum over scorers of weight * value, in [N].
+    """value = the rule over the sources (by default the sum of weight * value), in [N].
 
-    A row is missing where any scorer with a weight other than 0 is missing; a scorer of weight 0 is only logged.
-    Missing values are NaN, so that nobody reads them by accident. Components hold each scorer's raw value under its
-    name and its own parts as `name/part`. `seconds` holds the time that each scorer took in the last call, summed over
-    processes. Pooled scorers work while the others do.
+    Rules that compare rows leave the weighted sum here, as evaluation has no step to compare in. A source is a scorer's value, or
+    a part of it. A row is missing where any source with a weight other than 0 is; one of weight 0 is only logged. Missing values are
+    NaN, so that nobody reads them by accident. Components hold each scorer's raw value under its name and its own parts as
+    `name/part`. `seconds` holds the time that each scorer took in the last call, summed over processes. Pooled scorers work while
+    the others do.
     """
 
-    def __init__(self, scorers: Mapping[str, tuple[float, Scorer]]) -> None:
+    def __init__(
+        self,
+        scorers: Mapping[str, tuple[float, Scorer]],
+        weights: Mapping[str, float] | None = None,
+        rule: Rule = weighted_sum,
+    ) -> None:
         assert scorers, "there is nothing to combine"
         self.scorers = dict(scorers)
+        weights = {name: w for name, (w, _) in scorers.items()} if weights is None else weights
+        self.weights = {name: w for name, w in weights.items() if w}
+        self.chosen, self.rule = rule, plain(rule)
+        if hasattr(self.rule, "names"):
+            self.rule.names = list(self.weights)
         self.seconds: dict[str, float] = {}
 
     def __call__(self, samples: Sequence[Sample], group: Tensor) -> Scores:
-        value = torch.zeros(len(samples), dtype=torch.float32)
-        missing = torch.zeros(len(samples), dtype=torch.bool)
         components: dict[str, Tensor] = {}
         spans: list[tuple[int, int, int, float]] = []
         self.seconds = {}
         reasons: dict[int, str] = {}
+        timing: dict[str, float] = {}
         found = self._all(samples, group)
         for name, (weight, _) in self.scorers.items():
             scores = found[name]
             raw = _checked(name, scores, samples)
             for row, why in scores.reasons.items():
                 reasons.setdefault(row, f"{name}: {why}")
+            timing |= {f"{name}/{k}": x for k, x in scores.timing.items()}
             components[name] = raw
             components |= {
                 f"{name}/{part}": _column(f"{name}/{part}", x, samples) for part, x in scores.components.items()
             }
-            if weight:
-                value += weight * raw
-                missing |= raw.isnan()
+            if name in self.weights:
                 spans += [(row, a, b, weight * x) for row, a, b, x in scores.spans or ()]
-        return Scores(value, missing, components, spans or None, reasons)
+        value = self._value(components, samples, group)
+        return Scores(value, value.isnan(), components, spans or None, reasons, timing)
+
+    def _value(self, components: Mapping[str, Tensor], samples: Sequence[Sample], group: Tensor) -> Tensor:
+        names = list(self.weights)
+        absent = [n for n in names if n not in components]
+        if absent:
+            raise GateError(f"reward: no part {absent[0]!r}; there are {', '.join(components)}")
+        if not names:
+            return torch.zeros(len(samples))
+        values = torch.stack([components[n] for n in names], -1)
+        extra = extras(self.rule, names, components, samples, group)
+        return by_rule(self.rule, values, torch.tensor([self.weights[n] for n in names]), extra)
 
     def start(self) -> None:
         """Start the workers of pooled scorers ahead of their first sample."""
@@ -56,9 +80,18 @@ class Combined:
             pool.workers.start()
 
     def begin(self, samples: Sequence[Sample]) -> None:
-        """A group is complete: pooled scorers may start on it. A later call with these samples uses what they found."""
-        for pool in self._pooled().values():
-            pool.begin(samples)
+        """A group is complete: scorers that work beside this process may start on it. A later call with these samples uses what they found."""
+        for _, scorer in self.scorers.values():
+            begin = getattr(scorer, "begin", None)
+            if begin is not None:
+                begin(samples)
+
+    def observe(self, samples: Sequence[Sample], scores: Scores, comm: Any) -> None:
+        """A step is scored: scorers that change with training see every sample and their own raw values, on every rank."""
+        for name, (_, scorer) in self.scorers.items():
+            observe = getattr(scorer, "observe", None)
+            if observe is not None:
+                observe(samples, scores.components[name], comm)
 
     def _pooled(self) -> dict[str, Pooled]:
         return {name: s for name, (_, s) in self.scorers.items() if isinstance(s, Pooled)}

@@ -1,4 +1,4 @@
-"""The final number of a worked solution, compared by value."""
+"""The final answer of a worked solution, compared by value: symbolically by math-verify, or as a number."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Literal
 
 from rlhf_cli.errors import ConfigError
-from rlhf_cli.rewards.per_sample import Row, by_references, references_of, scored
+from rlhf_cli.rewards.per_sample import Row, references_of, scored
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,30 +17,38 @@ if TYPE_CHECKING:
     from rlhf_cli.types import Scores
 
 Extract = Literal["any", "marked"]
+Judge = Callable[[str], tuple[float | None, bool]]
+"""Of a response: its value (None: the references hold no answer), and whether it has an answer."""
 
 
 class MathAnswer:
-    """1 where the response's final number equals a reference's, else 0; a reference without a number is missing.
+    """1 where the response's final answer equals a reference's, else 0; a reference without an answer is missing.
 
-    The final number is the one after the last `####`, else in the last `\\boxed{}`, else (extract=any) the last number
-    of the text; references are read with extract=any. Commas, currency and percent signs are dropped; 0.75, 3/4 and
-    \\frac{3}{4} are equal. Component `found`: 1 where the response has a final number.
-    See Cobbe et al., Training Verifiers to Solve Math Word Problems, arXiv:2110.14168.
+    The answer stands after the last `####`, else in the last `\\boxed{}`, else (extract=any) it is what the library finds
+    last in the text. Only that span is read: of two boxes the last counts, and hedging with both answers fails.
+    method=verify compares by math-verify, so 1/2, 0.5 and \\frac{1}{2}, x+1 and 1+x, (1,2) and (1, 2) are equal;
+    method=number compares final numbers as fractions. Component `found`: 1 where the response has an answer.
+    See Kydlicek, Math-Verify, 2025, https://github.com/huggingface/Math-Verify; final numbers: Cobbe et al.,
+    Training Verifiers to Solve Math Word Problems, arXiv:2110.14168.
     """
 
     needs_references = True
-    pooled = True
+    pooled = True  # the library's own time-outs are alarms, which no thread may set; a worker can be killed
 
-    def __init__(self, *, extract: Literal["any", "marked"], tolerance: float) -> None:
+    def __init__(
+        self, *, method: Literal["verify", "number"], extract: Literal["any", "marked"], tolerance: float
+    ) -> None:
         """Args:
-        extract: any (fall back to the last number) or marked (only #### and \\boxed count: rewards the format too)
-        tolerance: largest |a - b| / max(1, |b|) that still counts as equal; 0 is exact
+        method: verify (expressions, sets, intervals, units; math-verify) or number (the final number alone)
+        extract: any (fall back to the last answer in the text) or marked (only #### and \\boxed count: rewards the format too)
+        tolerance: largest |a - b| / max(1, |b|) of two numbers that still counts as equal; 0 is exact, for verify
+            up to six decimals
         """
         if not 0 <= tolerance < 1:
             raise ConfigError(
                 f"reward.math_answer.tolerance: {tolerance} is not allowed; type a number in [0, 1), usually 0"
             )
-        self.extract: Extract = extract
+        self.method, self.extract = method, extract
         self.tolerance = Fraction(tolerance)
 
     def __call__(self, samples: Sequence[Sample], group: Tensor) -> Scores:
@@ -48,20 +56,39 @@ class MathAnswer:
 
     def rows(self, samples: Sequence[Sample]) -> Iterator[Row]:
         """One score per response, in order, each with its part `found`."""
-        for sample, row in zip(samples, by_references(samples, self._prepare), strict=True):
-            found = float(final_number(sample.response, self.extract) is not None) if references_of(sample) else None
-            yield row._replace(parts={"found": found})
+        prepare = self._expressions if self.method == "verify" else self._numbers
+        ready: tuple[tuple[str, ...], Judge] | None = None
+        for sample in samples:
+            references = references_of(sample)
+            if not references:
+                yield Row(None, {"found": None}, "it has no reference")
+                continue
+            if ready is None or ready[0] != references:
+                ready = references, prepare(references)
+            value, found = ready[1](sample.response)
+            yield Row(value, {"found": float(found)}, "its references hold no answer" if value is None else "")
 
-    def _prepare(self, references: tuple[str, ...]) -> Callable[[str], float | None]:
+    def _numbers(self, references: tuple[str, ...]) -> Judge:
         golds = [g for r in references if (g := final_number(r, "any")) is not None]
 
-        def score(response: str) -> float | None:
-            if not golds:
-                return None
+        def judge(response: str) -> tuple[float | None, bool]:
             x = final_number(response, self.extract)
-            return float(x is not None and any(abs(x - g) <= self.tolerance * max(1, abs(g)) for g in golds))
+            equal = x is not None and any(abs(x - g) <= self.tolerance * max(1, abs(g)) for g in golds)
+            return float(equal) if golds else None, x is not None
 
-        return score
+        return judge
+
+    def _expressions(self, references: tuple[str, ...]) -> Judge:
+        from rlhf_cli.rewards import expressions
+
+        golds = [g for r in references if (g := expressions.gold(r))]
+
+        def judge(response: str) -> tuple[float | None, bool]:
+            answer = expressions.answer(response, self.extract)
+            equal = any(expressions.equal(g, answer, float(self.tolerance)) for g in golds)
+            return float(equal) if golds else None, bool(answer)
+
+        return judge
 
 
 _INTEGER = r"(?>[0-9]{1,3}(?:,[0-9]{3})++(?![0-9])|[0-9]++)"

@@ -11,8 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from rlhf_cli import standins
 from rlhf_cli.data.text import render, response_ids
 from rlhf_cli.errors import ConfigError
+from rlhf_cli.models.loading import tiny_reward_model
+from rlhf_cli.models.tiny import tiny_tokenizer
 from rlhf_cli.rewards.per_sample import Row, scored
 from rlhf_cli.types import Sample, Scores
 
@@ -123,6 +126,8 @@ def resolve(path: str) -> str:
         raise ConfigError(
             "reward.model.path is empty; type reward.model.path=RUN (or a Hugging Face folder, or a Hub id)"
         )
+    if standins.seed_of(path) is not None:
+        return path
     folder = Path(path).expanduser()
     if not folder.exists():
         if path.startswith((".", "~", "/")) or path.count(os.sep) != 1:
@@ -148,6 +153,9 @@ def resolve(path: str) -> str:
 
 def load_classifier(folder: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """Model and tokenizer, checked: one output, a trained head, an end token."""
+    seed = standins.seed_of(folder)
+    if seed is not None:
+        return tiny_reward_model(seed, dtype).requires_grad_(False), tiny_tokenizer()
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     try:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rlhf_cli.errors import ConfigError, GateError
 from rlhf_cli.rewards.per_sample import Row, groups_of, scored
-from rlhf_cli.rewards.worker import attempt
+from rlhf_cli.rewards.worker import END, attempt
 from rlhf_cli.types import Sample, Scores
 
 START_LIMIT = 300.0  # seconds to import and build the rewards
@@ -125,6 +125,11 @@ class Worker:
                         break
                     yield self._received(conn)
                     done, tries = done + 1, 0
+                else:
+                    if not conn.poll(self.timeout):
+                        self.kill()  # it hangs after its last row, which is no row's fault
+                    elif self._received(conn) != END:
+                        raise GateError(f"reward {job.name!r} gave more values than the {done} samples that it got")
             except (EOFError, OSError):
                 tries += 1
                 code = self._code()

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlhf_cli.rewards.agreement import BANDS, Agreement, agreement
 from rlhf_cli.rewards.combine import Combined
 from rlhf_cli.stages import first_reason
-from rlhf_cli.types import Sample
+from rlhf_cli.types import Sample, Scores
 
 LENGTH_LIMIT = 0.5
 QUANTILES = (0.1, 0.5, 0.9)
@@ -35,8 +36,7 @@ class Row:
     length: float  # rank correlation with the response's words
     length_within: float  # the same inside groups, averaged over groups
     flat_groups: int  # groups of two or more whose values are all equal
-    accuracy: float  # recorded pairs whose winner scores higher; a tie counts half
-    ties: int
+    agreement: Agreement  # with the recorded preferences
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,28 @@ class ScoreReport:
     warnings: tuple[str, ...]
 
 
-def report(samples: Sequence[Sample], group: Tensor, combined: Combined, pairs: Tensor | None = None) -> ScoreReport:
-    """Score the samples once and describe every component. `pairs` [M, 2] are recorded (winner, loser) rows."""
+def report(
+    samples: Sequence[Sample],
+    group: Tensor,
+    combined: Combined,
+    pairs: Tensor | None = None,
+    recorded: Tensor | None = None,
+    scores: Scores | None = None,
+) -> ScoreReport:
+    """Score the samples once, unless `scores` are what the reward just gave, and describe every component.
+
+    `pairs` [M, 2] are recorded (winner, loser) rows, `recorded` [N] recorded scores of rankings, NaN where there is none.
+    """
     assert len(samples), "an empty file is an error of the reader"
-    scores = combined(samples, group)
+    scores = combined(samples, group) if scores is None else scores
     words = torch.tensor([len(s.response.split()) for s in samples], dtype=torch.float32)
     pairs = torch.zeros(0, 2, dtype=torch.int64) if pairs is None else pairs
     columns = {TOTAL: scores.value, **scores.components} if len(combined.scorers) > 1 else dict(scores.components)
     members = _members(group)
-    rows = tuple(_row(name, x, words, members, pairs, combined, len(samples)) for name, x in columns.items())
+    rows = tuple(
+        _row(name, x, words, members, agreement(x, pairs, words, recorded, members), combined, len(samples))
+        for name, x in columns.items()
+    )
     comparable = sum(len(m) > 1 for m in members)
     notes = [
         note
@@ -82,14 +95,6 @@ def spearman(a: Tensor, b: Tensor) -> float:
     return float((x * y).sum() / (x.square().sum() * y.square().sum()).sqrt())
 
 
-def agreement(value: Tensor, pairs: Tensor) -> tuple[float, int]:
-    """(accuracy, ties) on (winner, loser) rows whose values exist; an exact tie counts half."""
-    gap = (value[pairs[:, 0]] - value[pairs[:, 1]]).double()
-    gap = gap[~gap.isnan()]
-    ties = int((gap == 0).sum())
-    return (float((gap > 0).sum() + 0.5 * ties) / len(gap) if len(gap) else float("nan")), ties
-
-
 def _ranks(x: Tensor) -> Tensor:
     _, inverse, counts = x.double().unique(return_inverse=True, return_counts=True)
     return (counts.cumsum(0) - (counts - 1) / 2)[inverse].double()
@@ -102,7 +107,7 @@ def _members(group: Tensor) -> list[Tensor]:
 
 
 def _row(
-    name: str, x: Tensor, words: Tensor, members: Sequence[Tensor], pairs: Tensor, combined: Combined, n: int
+    name: str, x: Tensor, words: Tensor, members: Sequence[Tensor], agrees: Agreement, combined: Combined, n: int
 ) -> Row:
     kept = ~x.isnan()
     v, w = x[kept].double(), words[kept]
@@ -110,7 +115,6 @@ def _row(
     seconds: Mapping[str, float] = {**combined.seconds, TOTAL: sum(combined.seconds.values())}
     inside = [(x[m][kept[m]], words[m][kept[m]]) for m in members if len(m) > 1]
     within = [c for a, b in inside if (c := spearman(a, b)) == c]
-    accuracy, ties = agreement(x, pairs)
     return Row(
         name=name,
         weight=combined.scorers[name][0] if name in combined.scorers else None,
@@ -126,8 +130,7 @@ def _row(
         length=spearman(v, w),
         length_within=sum(within) / len(within) if within else nan,
         flat_groups=sum(bool(len(a) == 0 or a.min() == a.max()) for a, _ in inside),
-        accuracy=accuracy,
-        ties=ties,
+        agreement=agrees,
     )
 
 
@@ -187,18 +190,36 @@ def render(r: ScoreReport) -> str:
     ]
     for row in r.rows:
         numbers = (row.mean, row.std, row.low, *row.quantiles, row.high)
-        shown = "  /" + row.name.partition("/")[2] if "/" in row.name else row.name
-        cells = [shown, _cell(row.weight), *map(_cell, numbers), str(row.missing)]
-        lines.append(_line([*cells, _cell(row.milliseconds), _cell(row.length), _cell(row.accuracy)]))
+        cells = [_shown(row), _cell(row.weight), *map(_cell, numbers), str(row.missing)]
+        lines.append(_line([*cells, _cell(row.milliseconds), _cell(row.length), _cell(row.agreement.accuracy)]))
     lines += [
         "",
-        "absent: not scored · ms: per sample · length: rank correlation with words · agree: share of pairs",
+        "absent: not scored · ms: per sample, or s per 1,000 · agree: share of pairs",
+        "length: rank correlation with words",
         "",
+        *(_agreement_table(r.rows) if r.pairs else []),
     ]
     for warning in r.warnings:
         lines += textwrap.wrap(f"warning: {warning}", WIDTH, subsequent_indent=" " * 9)
     lines += [] if r.warnings else ["no warnings"]
     return "\n".join(lines)
+
+
+def _agreement_table(rows: Sequence[Row]) -> list[str]:
+    """Agreement with the recorded preferences, also where the winner is shorter, alike in length, or longer."""
+    lines = [_line(("agreement", "pairs", "agree", "ties", "tau-b", *BANDS))]
+    for r in rows:
+        a = r.agreement
+        bands = [_cell(share) for share, _ in a.bands]
+        lines.append(_line([_shown(r), str(a.pairs), _cell(a.accuracy), str(a.ties), _cell(a.tau), *bands]))
+    counts = (
+        ", ".join(f"{n} {name}" for name, (_, n) in zip(BANDS, rows[0].agreement.bands, strict=True)) if rows else ""
+    )
+    return [*lines, "", f"tau-b: mean over prompts · winner's length against the loser's: {counts} pairs", ""]
+
+
+def _shown(row: Row) -> str:
+    return "  /" + row.name.partition("/")[2] if "/" in row.name else row.name
 
 
 def _signed(x: float) -> str:

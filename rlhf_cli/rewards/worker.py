@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 NICE = 10  # behind the threads that decode
 PR_SET_PDEATHSIG = 1
+END = "end"  # of a job: a row too many would otherwise be taken for the next job's first
 
 
 def attempt(scorer: Any, samples: Sequence[Sample]) -> Iterator[Row]:
@@ -28,6 +29,8 @@ def attempt(scorer: Any, samples: Sequence[Sample]) -> Iterator[Row]:
     while done < len(samples):
         try:
             for row in scorer.rows(samples[done:]):
+                if done == len(samples):
+                    raise GateError(f"a reward returned more values than the {done} samples that it got")
                 done += 1
                 yield row
             if done != len(samples):
@@ -40,7 +43,7 @@ def attempt(scorer: Any, samples: Sequence[Sample]) -> Iterator[Row]:
 
 
 def serve(conn: Connection) -> None:
-    """Answer until the other end closes: (seconds, row) for each sample, or the error that ends the job.
+    """Answer until the other end closes: (seconds, row) for each sample and END, or the error that ends the job.
 
     The first message is (sys.path, {name: (target, settings)}); each job is (name, samples).
     """
@@ -59,6 +62,7 @@ def serve(conn: Connection) -> None:
             for row in attempt(scorers[name], samples):
                 conn.send((time.perf_counter() - start, row))
                 start = time.perf_counter()
+            conn.send(END)
         except (ConfigError, GateError) as e:
             conn.send(e)
 

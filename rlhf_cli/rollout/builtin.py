@@ -43,6 +43,8 @@ def refresh(actor: nn.Module, engine: DeepSpeedEngine) -> None:
     moved = torch.zeros((), dtype=torch.float64)
     with torch.no_grad():
         for name, value in engine.full_state():
+            if not name.startswith("model."):
+                continue  # a value head does not sample
             moved += (own[name] - value.to(own[name].dtype)).abs().sum().double().cpu()
             own[name].copy_(value)
     if engine.moved and float(moved) == 0.0:

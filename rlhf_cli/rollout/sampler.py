@@ -9,8 +9,9 @@ share its batch, their order, or the process that draws them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,9 @@ from transformers import DynamicCache
 from rlhf_cli.errors import GateError
 from rlhf_cli.rollout.cache import Board, attending, fill, slot_cache
 from rlhf_cli.rollout.choose import Decoding, choose
+from rlhf_cli.rollout.decoder import Decoder, agree, readable
 from rlhf_cli.rollout.limits import check_context, rows_at_a_time
+from rlhf_cli.rollout.masking import Mask, Shadow, beside
 
 __all__ = ["Decoding", "Rollout", "Sampler", "eos_ids"]
 
@@ -37,6 +40,7 @@ class Rollout:
     ids: list[list[int]]  # response tokens; the EOS is included when drawn
     logp: Tensor  # [N, R] float32, 0 after the end: log-probs of the distribution that was sampled (see `choose`)
     truncated: Tensor  # [N] bool: reached max_tokens before EOS or a stop
+    allowed: list[list[np.ndarray]] | None = None  # what a mask allowed at each token, packed (`masking.packed`)
 
 
 @dataclass
@@ -48,6 +52,7 @@ class _Row:
     ids: list[int] = field(default_factory=list)
     logp: list[float] = field(default_factory=list)
     complete: bool = False
+    allowed: list[np.ndarray] = field(default_factory=list)
 
 
 @dataclass
@@ -62,8 +67,10 @@ class _Batch:
     slot_row: list[int]
     token: list[int]  # [slots] token to feed next
     place: list[int]  # [slots] its position
+    decoder: Decoder | None = None  # of the weights as they are; None: the model's own forward
     started: int = 0
     read: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)  # prompt -> keys and values per layer
+    shadow: Shadow | None = None  # the model that says which tokens may be drawn
 
     def busy(self) -> bool:
         return self.started < len(self.rows) or any(r >= 0 for r in self.slot_row)
@@ -85,6 +92,8 @@ class Sampler:
         self.decoding = decoding
         self.device = torch.device(device)
         self.eos = eos_ids(model, tokenizer)
+        self.written_out: bool | None = None  # whether `Decoder` gives what the model gives; None: not known yet
+        self.mask: Mask | None = None  # of what is drawn; the best token of all (temperature 0) needs none
 
     @torch.no_grad()
     def sample(
@@ -109,11 +118,15 @@ class Sampler:
         open_rows = [k] * len(prompts)
         board = Board(slots, longest)
         batch = _Batch(prompts, decoding, rows, board, slot_cache(board), [-1] * slots, [0] * slots, [0] * slots)
+        mask = self.mask if decoding.temperature > 0 else None
+        batch.shadow = Shadow(mask, self, batch) if mask is not None else None
+        if self.device.type == "cpu" and self.written_out is not False and readable(self.model):
+            batch.decoder = Decoder(self.model, slots)
         training = self.model.training
         if training:  # as activation checkpointing wants it; it would turn the cache off
             self.model.eval()
         try:
-            with attending(self.model.config):
+            with attending(self.model.config), beside(mask):
                 while batch.busy():
                     self._start(batch)
                     ended = self._step(batch)
@@ -138,6 +151,12 @@ class Sampler:
             batch.token[slot] = batch.prompts[prompt][-1]
             batch.place[slot] = len(batch.prompts[prompt]) - 1
             taken.setdefault(prompt, []).append(slot)
+        self._load(batch, taken)
+        if batch.shadow is not None:
+            batch.shadow.load(taken)
+
+    def _load(self, batch: _Batch, taken: Mapping[int, list[int]]) -> None:
+        """Copy prompts into the slots that begin a row: prompt -> slots."""
         self._read(batch, list(taken))
         for prompt, slots in taken.items():
             if prompt in batch.read:
@@ -176,6 +195,7 @@ class Sampler:
         early = [slot for slot, row in busy if len(row.ids) < batch.decoding.min_tokens]
         if early and self.eos:
             logits[torch.tensor(early)[:, None], torch.tensor(self.eos)] = float("-inf")
+        allowed = batch.shadow.restrict(logits) if batch.shadow is not None else None
         token, logp = choose(logits, uniform.to(self.device), batch.decoding)
         tokens, logps = token.tolist(), logp.tolist()
         ended: list[int] = []
@@ -184,6 +204,8 @@ class Sampler:
                 raise GateError(f"sampler: prompt {row.prompt}: the model's logits are not finite; lower optim.lr")
             row.ids.append(tokens[slot])
             row.logp.append(logps[slot])
+            if allowed is not None:
+                row.allowed.append(allowed[slot])
             row.complete = tokens[slot] in self.eos or self._stopped(row.ids, batch.decoding)
             batch.token[slot] = tokens[slot]
             batch.place[slot] += 1
@@ -195,12 +217,31 @@ class Sampler:
     def _forward(self, batch: _Batch) -> Tensor:
         """Logits [slots, V] after the tokens at hand."""
         places = torch.tensor(batch.place, device=self.device)
+        tokens = torch.tensor(batch.token, device=self.device)
         batch.board.aim(places, max(batch.place) + 1)
         seen = torch.arange(batch.board.span, device=self.device) <= places[:, None]
         mask = torch.zeros(seen.shape, device=self.device, dtype=self.model.dtype).masked_fill_(~seen, float("-inf"))
+        own = partial(self._model_step, batch, tokens, places, mask[:, None, None])
+        if batch.decoder is None:
+            return own()
+        if self.written_out is None:  # the model first: what it stores is written over, as in every later step
+            expected = own()
+            logits = batch.decoder(tokens, places, mask[:, None, None], batch.board, batch.cache.layers)
+            self.written_out = agree(logits, expected)
+            if not self.written_out:
+                batch.decoder = None
+                own()  # and what the other stored too
+                return expected
+            return logits
+        if not batch.cache.layers:  # prompts of one token leave the cache to the first step
+            own()
+        return batch.decoder(tokens, places, mask[:, None, None], batch.board, batch.cache.layers)
+
+    def _model_step(self, batch: _Batch, tokens: Tensor, places: Tensor, mask: Tensor) -> Tensor:
+        """The same by the model's own forward."""
         out = self.model(
-            input_ids=torch.tensor(batch.token, device=self.device)[:, None],
-            attention_mask=mask[:, None, None],
+            input_ids=tokens[:, None],
+            attention_mask=mask,
             position_ids=places[:, None],
             past_key_values=batch.cache,
             use_cache=True,
@@ -236,4 +277,5 @@ def _rollout(rows: Sequence[_Row]) -> Rollout:
     logp = torch.zeros(len(rows), width)
     for i, r in enumerate(rows):
         logp[i, : len(r.ids)] = torch.tensor(r.logp)
-    return Rollout([r.ids for r in rows], logp, torch.tensor([not r.complete for r in rows], dtype=torch.bool))
+    allowed = [r.allowed for r in rows] if any(r.allowed for r in rows) else None
+    return Rollout([r.ids for r in rows], logp, torch.tensor([not r.complete for r in rows], dtype=torch.bool), allowed)

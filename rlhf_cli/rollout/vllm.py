@@ -182,7 +182,8 @@ def make_publish(
         if learner is None:
             return plain_weights(actor, [*actor.named_parameters(), *actor.named_buffers()], dtype)
         model: Any = learner.module.model
-        state = ((name.removeprefix("model."), value) for name, value in learner.full_state())
+        named = learner.full_state()  # a value head, whose name has no such prefix, does not sample
+        state = ((name.removeprefix("model."), value) for name, value in named if name.startswith("model."))
         return plain_weights(model, state, dtype)
 
     model: Any = getattr(actor, "get_base_model", lambda: actor)()

@@ -30,6 +30,23 @@ def token_kl(
     return torch.where(mask, -beta * estimate(behavior_logp - ref_logp, kind), 0.0)
 
 
+def token_kl_full(
+    full_logp: Tensor, ref_logp: Tensor, mask: Tensor, *, beta: float, kind: Literal["k1", "k2", "k3"]
+) -> Tensor:
+    """`token_kl` of the policy's whole distribution, -beta k(full_logp - ref_logp), [N, T], where the sampled one was masked.
+
+    See Ramamurthy et al., "Is Reinforcement Learning (Not) for Natural Language Processing", arXiv:2210.01241 (NLPO).
+
+    Args:
+        full_logp: log-probabilities of the policy over all tokens, at the start of the step, [N, T] nats
+        ref_logp: the same under the reference, [N, T] nats
+        mask: trained tokens, [N, T] bool
+        beta: penalty, reward per nat
+        kind: estimator, k1 (d), k2 (d^2 / 2) or k3 (exp(-d) - 1 + d)
+    """
+    return token_kl(full_logp, ref_logp, mask, beta=beta, kind=kind)
+
+
 def sequence_kl(score: Tensor, behavior_logp: Tensor, ref_logp: Tensor, mask: Tensor, *, beta: float) -> Tensor:
     """Score minus beta times the row's log-ratio, R - beta sum_t (behavior_logp - ref_logp), [N]; baselines see it.
 

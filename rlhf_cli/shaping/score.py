@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from rlhf_cli.select import grouped
+
 
 def clip(score: Tensor, *, low: float, high: float) -> Tensor:
     """Score limited to [low, high], [N].
@@ -28,6 +30,20 @@ def scale(score: Tensor, *, factor: float) -> Tensor:
     return score * factor
 
 
+def missing_eos(score: Tensor, truncated: Tensor, *, penalty: float) -> Tensor:
+    """Score minus a constant where the response was cut before its end, [N].
+
+    See Huang et al., "The N+ Implementation Details of RLHF with PPO", arXiv:2403.17031 (the EOS trick); TRL's
+    missing_eos_penalty.
+
+    Args:
+        score: one number per row, [N]
+        truncated: reached the token limit before EOS or a stop, [N] bool
+        penalty: what a response without end loses, score units
+    """
+    return score - penalty * truncated
+
+
 def overlong(score: Tensor, mask: Tensor, *, max_tokens: int, buffer: int, factor: float) -> Tensor:
     """Score minus a penalty that grows from 0 to `factor` over the last `buffer` tokens before `max_tokens`, [N].
 
@@ -42,3 +58,66 @@ def overlong(score: Tensor, mask: Tensor, *, max_tokens: int, buffer: int, facto
     """
     excess = mask.sum(-1) - (max_tokens - buffer)
     return score - factor * (excess / max(buffer, 1)).clamp(0, 1)
+
+
+def ceil(score: Tensor, *, high: float) -> Tensor:
+    """min(score, high), [N].
+
+    See Fu et al., "Reward Shaping to Mitigate Reward Hacking in RLHF", arXiv:2502.18770 (baseline).
+
+    Args:
+        score: one number per row, [N]
+        high: largest score that counts
+    """
+    return score.clamp(max=high)
+
+
+def whiten(score: Tensor, *, center: bool, eps: float) -> Tensor:
+    """(score - mean) / (std + eps) over the step's rows, [N]; equal scores give exactly 0. Without `center`, the mean is added again.
+
+    See Huang et al., "The N+ Implementation Details of RLHF with PPO", arXiv:2403.17031, detail 21.
+
+    Args:
+        score: one number per row, [N]
+        center: leave the mean off
+        eps: added to the sample standard deviation, score units
+    """
+    shifted = score - score[:1]
+    centred = shifted - shifted.mean()
+    scaled = centred / ((centred.square().sum() / max(len(score) - 1, 1)).sqrt() + eps)
+    return scaled if center else scaled + score.mean()
+
+
+def length_penalty(score: Tensor, mask: Tensor, *, rate: float, free: int) -> Tensor:
+    """Score minus rate * max(0, length - free), [N].
+
+    See Fu et al., "Reward Shaping to Mitigate Reward Hacking in RLHF", arXiv:2502.18770, which applies it before any other shaping.
+
+    Args:
+        score: one number per row, [N]
+        mask: trained tokens, [N, T] bool
+        rate: penalty, score units per token
+        free: length without penalty, tokens
+    """
+    return score - rate * (mask.sum(-1) - free).clamp(min=0)
+
+
+def relative_length(score: Tensor, mask: Tensor, group: Tensor, *, factor: float, correct: float) -> Tensor:
+    """Score plus factor * L for correct rows, factor * min(L, 0) for others, L = 1/2 - (n - n_min) / (n_max - n_min), [N].
+
+    n is the length, n_min and n_max those of the group; groups of one length get nothing.
+    See Kimi Team, "Kimi k1.5: Scaling Reinforcement Learning with LLMs", arXiv:2501.12599, section 2.3.3.
+
+    Args:
+        score: one number per row, [N]
+        mask: trained tokens, [N, T] bool
+        group: rows of one prompt share it, [N] int64
+        factor: weight, score units
+        correct: score from which a response counts as correct
+    """
+    length = mask.sum(-1).to(score.dtype)
+    g = grouped(length, group)
+    low, width = g.low[g.index], (g.high - g.low)[g.index]
+    bonus = 0.5 - (length - low) / width.clamp(min=1)
+    bonus = bonus.where(score >= correct, bonus.clamp(max=0)).where(width > 0, 0.0)
+    return score + factor * bonus

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,10 +13,16 @@ from rlhf_cli.data.record import Record
 from rlhf_cli.types import Experience, Sample
 
 
+def row_seed(*parts: int) -> int:
+    """A 63-bit seed from integers; rows with different parts are independent, whatever batch they are drawn in."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
 def sample_of(record: Record, response: str) -> Sample:
     """The text view of one row; the whole conversation travels in `meta["messages"]`."""
     meta = {**record.meta, "messages": [dict(m) for m in record.messages], "where": record.where}
-    return Sample(record.prompt, response, record.references, meta, record.uid)
+    return Sample(record.prompt, response, record.references, meta, record.uid, record.link)
 
 
 def texts_of(sampler: Any, ids: Sequence[Sequence[int]]) -> list[str]:

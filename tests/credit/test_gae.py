@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_cli.credit import gae, reward_to_go
+from rlhf_cli.credit import gae, gae_biased, gae_scaled_reward, reward_to_go
 from rlhf_cli.credit.to_go import whitened
 
 FULL = torch.ones(1, 3, dtype=torch.bool)
@@ -103,3 +103,19 @@ def test_whitening_a_constant_or_nothing_is_exactly_zero(ddof: int) -> None:
     one = torch.zeros_like(mask)
     one[1, 1] = True
     assert torch.equal(whitened(torch.rand(2, 4), one, ddof=ddof), torch.zeros(2, 4))
+
+
+def test_openrlhf_s_whitening_is_the_biased_one() -> None:
+    # the check above: A = (.451, .58, .4), biased: (-.3432, 1.3597, -1.0165)
+    reward, value = torch.tensor([[0.0, 0, 1]]), torch.tensor([[0.5, 0.4, 0.6]])
+    found = gae_biased(reward, value, torch.ones(1, 3, dtype=torch.bool), gamma=1.0, lam=0.95)
+    assert torch.allclose(found.advantage, torch.tensor([[-0.3432, 1.3597, -1.0165]]), atol=1e-4)
+    assert found.returns is not None and torch.allclose(found.returns, torch.tensor([[0.951, 0.98, 1.0]]))
+
+
+def test_scaled_rewards_keep_their_mean() -> None:
+    # rewards 0, 0, 1, 3 (one token outside): variance 2 with n - 1, so they are divided by sqrt 2; lam = 1, V = 0: to go
+    mask = torch.tensor([[True, True, False], [True, True, False]])
+    reward = torch.tensor([[0.0, 0, 9], [1, 3, 9]])
+    found = gae_scaled_reward(reward, torch.zeros(2, 3), mask, gamma=1.0, lam=1.0, whiten=False)
+    assert torch.allclose(found.advantage, torch.tensor([[0.0, 0, 0], [4, 3, 0]]) / 2**0.5, atol=1e-6)

@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_cli.credit import batch_mean, group_norm, group_norm_to_go, group_whitened, leave_one_out
+from rlhf_cli.credit import (
+    RunningMean,
+    batch_mean,
+    greedy_baseline,
+    group_norm,
+    group_norm_at_token,
+    group_norm_to_go,
+    group_whitened,
+    leave_one_out,
+)
 from rlhf_cli.shaping.place import at_end
 
 grpo = partial(group_norm, scale="std", ddof=1, eps=1e-4)
@@ -114,6 +123,16 @@ def test_to_go_adds_the_penalty_after_the_baseline() -> None:
     assert torch.allclose(made.advantage, torch.tensor([[-0.1, 0.0, 0.2], [-0.5, -0.5, -0.5]]), atol=1e-6)
 
 
+def test_at_token_adds_each_token_s_own_penalty() -> None:
+    # the same numbers, not summed
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    score = torch.tensor([1.0, 0.0])
+    penalty = torch.tensor([[-0.1, -0.2, -0.3], [0.0, 0.0, 9.0]])
+    reward = penalty + at_end(score, mask)
+    made = group_norm_at_token(score, reward, mask, torch.tensor([3, 3]), scale="none", ddof=1, eps=0.0)
+    assert torch.allclose(made.advantage, torch.tensor([[0.4, 0.3, 0.2], [-0.5, -0.5, 0.0]]), atol=1e-6)
+
+
 def test_to_go_without_penalty_is_group_norm() -> None:
     score = torch.tensor([1.0, 0.0, 0.0, 1.0])
     mask = torch.tensor([[1, 1, 0], [1, 0, 1], [0, 0, 0], [1, 1, 1]], dtype=torch.bool)
@@ -126,3 +145,23 @@ def test_float64_stays_float64_and_no_rows_are_no_error(credit: Callable[..., An
     score = torch.tensor([1.0, 0.0, 0.0, 2.0], dtype=torch.float64)
     assert credit(score, ONE_TOKEN, SAME).advantage.dtype == torch.float64
     assert credit(score[:0], ONE_TOKEN[:0], SAME[:0]).advantage.shape == (0, 1)
+
+
+def test_the_greedy_score_is_the_baseline_of_the_reward_to_go() -> None:
+    # rewards -0.1, -0.2 and the score 1 at the last token: to go 0.7, 0.8, 1 (0 outside), minus the greedy score 0.5
+    mask = torch.tensor([[False, True, True, True]])
+    reward = torch.tensor([[9.0, -0.1, -0.2, 1.0]])
+    found = greedy_baseline(reward, torch.tensor([0.5]), mask)
+    assert torch.allclose(found.advantage, torch.tensor([[0.0, 0.2, 0.3, 0.5]]))
+    assert found.returns is not None and torch.allclose(found.returns, torch.tensor([[0.0, 0.7, 0.8, 1.0]]))
+
+
+def test_a_running_mean_is_of_the_steps_before() -> None:
+    credit = RunningMean(decay=0.9)
+    one = torch.ones(2, 1, dtype=torch.bool)
+    assert credit(torch.tensor([1.0, 3.0]), one).advantage.flatten().tolist() == [-1, 1]  # the first step's own mean
+    assert credit(torch.tensor([3.0, 3.0]), one).advantage.flatten().tolist() == [1, 1]  # still 2
+    other = RunningMean(decay=0.9)
+    other.load_state_dict(credit.state_dict())
+    assert other(torch.zeros(2), one).advantage[0].item() == pytest.approx(-2.1)  # 0.9 x 2 + 0.1 x 3
+    assert other.stats == pytest.approx({"baseline": 2.1})

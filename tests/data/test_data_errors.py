@@ -334,7 +334,9 @@ def test_settings(tmp_path, settings, expected):
 
 def test_unknown_column_suggests(tmp_path):
     message = complaint(tmp_path, [GOOD], columns={"refrences": "r"})
-    assert message.endswith("messages, meta.NAME or a name that dataset.template uses; did you mean 'references'?")
+    assert message.endswith(
+        "messages, link, meta.NAME or a name that dataset.template uses; did you mean 'references'?"
+    )
 
 
 def test_absent_heldout_file(tmp_path):

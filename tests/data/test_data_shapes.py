@@ -156,7 +156,7 @@ def test_gives():
     assert of("prompts", {"references": "r"}) == {"references"}
     assert of("prompts", {"references": ""}) == frozenset()
     assert of("pairs") == of("pairs", {"margin": ""}) == {"pairs", "responses"}
-    assert of("pairs", {"margin": "m"}) == of("rankings") == {"pairs", "margin", "responses"}
-    assert of("rankings", {"references": "r"}) == {"pairs", "margin", "responses", "references"}
+    assert of("pairs", {"margin": "m"}) == of("rankings") - {"label"} == {"pairs", "margin", "responses"}
+    assert of("rankings", {"references": "r"}) == {"pairs", "margin", "label", "responses", "references"}
     assert of("thumbs") == {"label", "responses"}
     assert of("demonstrations") == {"references", "responses"}

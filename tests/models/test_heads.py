@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf_cli.models.heads import _token_logp, inner, precise, stage_inputs
+from rlhf_cli.models import packing
+from rlhf_cli.models.heads import PolicyHead, ScalarHead, SharedHead, _token_logp, inner, precise, stage_inputs
+from rlhf_cli.models.tiny import tiny_causal, tiny_scalar
 from rlhf_cli.types import Experience
 
 
@@ -59,3 +61,40 @@ def test_inner_sees_through_a_wrapper() -> None:
             return model
 
     assert inner(Wrapper()) is model
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_shared_trunk_gives_what_two_heads_on_equal_trunks_give(packed: bool) -> None:
+    packing.register()
+    causal, scalar = tiny_causal(0, torch.float64), tiny_scalar(0, torch.float64)  # seeded alike: one backbone
+    for model in (causal, scalar):
+        model.set_attn_implementation(packing.ATTENTION)
+    shared = SharedHead(causal, temperature=0.7, packing=packed, seed=3)
+    scalar.score.weight.data.copy_(shared.value.weight.data)
+    attention = torch.arange(7) < torch.tensor([7, 5, 6])[:, None]
+    columns = {
+        "ids": torch.randint(0, 250, (3, 7), generator=torch.Generator().manual_seed(0)),
+        "attention": attention,
+        "mask": attention & (torch.arange(7) > 2),
+        "group": torch.tensor([0, 1, 2]),
+    }
+    want = frozenset({"logp", "entropy", "value_new"})
+    outs = shared(**columns, want=want)
+    tokens = PolicyHead(causal, temperature=0.7, packing=packed)(**columns, want=frozenset({"logp", "entropy"}))
+    values = ScalarHead(scalar, packing=packed)(**columns, want=frozenset({"value_new"}))
+    for name, expected in (tokens | values).items():
+        assert torch.allclose(outs[name], expected, atol=1e-12), name
+        assert outs[name][columns["mask"]].abs().min() > 0 and not outs[name][~columns["mask"]].any()
+    assert shared(**columns, want=frozenset({"value_new"})).keys() == {"value_new"}
+    outs["value_new"].sum().backward()
+    assert causal.get_input_embeddings().weight.grad.abs().max() > 0, "the critic trains the trunk"
+    again = SharedHead(causal, temperature=1.0, packing=packed, seed=3)
+    assert torch.equal(again.value.weight, shared.value.weight)
+
+
+def test_only_the_model_s_weights_sample_and_are_exported() -> None:
+    names = [
+        n
+        for n, _ in SharedHead(tiny_causal(0, torch.float32), temperature=1.0, packing=True, seed=0).named_parameters()
+    ]
+    assert [n for n in names if not n.startswith("model.")] == ["value.weight"]

@@ -69,3 +69,15 @@ def test_only_a_bare_matrix_has_a_plain_weight() -> None:
     assert plain_weight(wrapped.base_model.model[0]) is None
     plain.weight.ds_id = 0  # type: ignore[attr-defined]
     assert plain_weight(plain) is None, "a ZeRO-3 shard"
+
+
+def test_a_vocabulary_of_several_blocks_gives_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf_cli.models.heads.BLOCK", {"cpu": 1})
+    monkeypatch.setattr("rlhf_cli.models.heads.MULTIPLE", 4)  # 11 tokens: blocks of 4, 4 and 3
+    hidden, weight, target, seed = material(7)
+    hidden = (hidden * 30).detach().requires_grad_()  # the largest logit moves from block to block
+    ours = LinearLogp.apply(hidden, weight, target, 0.7)
+    own = ((hidden @ weight.T) / 0.7).log_softmax(-1).gather(-1, target[:, None]).squeeze(-1)
+    torch.testing.assert_close(ours, own, rtol=1e-12, atol=1e-12)
+    for a, b in zip(*(torch.autograd.grad(x, (hidden, weight), seed) for x in (ours, own)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)

@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_cli.objectives import entropy_bonus, ppo_clip, reinforce, sequence_ratio_clip
+from rlhf_cli.objectives import (
+    cispo,
+    entropy_bonus,
+    gspo_token,
+    ppo_clip,
+    reinforce,
+    sequence_ratio_clip,
+    two_sided_clip,
+)
+from rlhf_cli.reduce import sequence_mean
 
 
 def at_ratio(ratio: float, advantage: float, **settings: float | None) -> tuple[float, float]:
@@ -105,3 +114,57 @@ def test_a_row_without_tokens_gives_zero() -> None:
 
 def test_entropy_bonus() -> None:
     assert entropy_bonus(torch.tensor([[0.5]])).item() == -0.5
+
+
+def one_token(objective: Any, ratio: float, advantage: float, **settings: Any) -> tuple[float, float]:
+    """Loss of one token at a log-prob of log(ratio), and its gradient."""
+    logp = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
+    loss = objective(logp, torch.zeros_like(logp), torch.full_like(logp, advantage), **settings)
+    return loss.item(), torch.autograd.grad(loss.sum(), logp)[0].item()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "gradient"),
+    [
+        (1.5, 1.0, -1.28),  # the weight is cut to 1.28 and the token still learns, where PPO's gradient is 0
+        (1.0, 1.0, -1.0),  # REINFORCE
+        (1.5, -1.0, 1.28),
+        (0.5, 1.0, -0.5),  # no floor
+    ],
+)
+def test_cispo_bounds_the_weight_and_keeps_the_gradient(ratio: float, advantage: float, gradient: float) -> None:
+    loss, found = one_token(cispo, ratio, advantage, cap=1.28, floor=None)
+    assert found == pytest.approx(gradient) and loss == pytest.approx(gradient * math.log(ratio))
+
+
+def test_cispo_with_a_floor() -> None:
+    assert one_token(cispo, 0.5, 1.0, cap=1.2, floor=0.8)[1] == pytest.approx(-0.8)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient"),
+    [
+        (5.0, -1.0, 4.0, 0.0),  # -min(-min(5, 4), -1.2) = 4
+        (3.0, -1.0, 3.0, 3.0),
+        (1.5, 1.0, -1.2, 0.0),
+        (0.5, -1.0, 0.8, 0.0),
+    ],
+)
+def test_two_sided_clip(ratio: float, advantage: float, loss: float, gradient: float) -> None:
+    found = one_token(two_sided_clip, ratio, advantage, eps_low=0.2, eps_high=0.2, delta=4.0)
+    assert found == pytest.approx((loss, gradient))
+
+
+def test_gspo_token_is_gspo_where_a_row_has_one_advantage() -> None:
+    random = torch.Generator().manual_seed(0)
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [0, 1, 1, 0]], dtype=torch.bool)
+    old = -torch.rand(3, 4, dtype=torch.float64, generator=random)
+    logp = (old + 0.4 * torch.randn(3, 4, dtype=torch.float64, generator=random)).requires_grad_()
+    advantage = torch.tensor([[1.0], [-2.0], [0.5]], dtype=torch.float64).expand(3, 4)
+    for eps in (0.02, 10.0):  # some rows are clipped, none is
+        rows = sequence_ratio_clip(logp, old, advantage, mask, level="seq_mean", eps_low=eps, eps_high=eps)
+        tokens = gspo_token(logp, old, advantage, mask, eps_low=eps, eps_high=eps)
+        mean = (tokens * sequence_mean(mask)).sum()
+        assert torch.allclose(mean, rows.mean(), atol=1e-12)
+        one, two = torch.autograd.grad(mean, logp)[0], torch.autograd.grad(rows.mean(), logp)[0]
+        assert torch.allclose(one, two, atol=1e-12) and one.abs().max() > 0.01

@@ -25,7 +25,7 @@ BLEU = {
     "tokenize": "13a", "lowercase": False,
 }  # fmt: skip
 ROUGE = {"_target_": "rlhf_cli.rewards.rouge.Rouge", "variant": "rougeL", "stemmer": True}
-MATH = {"_target_": "rlhf_cli.rewards.math_answer.MathAnswer", "extract": "any", "tolerance": 0.0}
+MATH = {"_target_": "rlhf_cli.rewards.math_answer.MathAnswer", "method": "number", "extract": "any", "tolerance": 0.0}
 WORDS = [
     "the",
     "of",
@@ -195,6 +195,22 @@ def test_a_function_that_breaks_its_contract_stops_the_run(tmp_path, processes, 
     scorer = pooled(python(tmp_path, body), Workers(processes, 30.0))
     with pytest.raises(GateError, match=message):
         scorer([Sample("p", "a")], torch.tensor([0]))
+
+
+class TooMany:
+    """Gives a value more than it should."""
+
+    pooled = True
+
+    def rows(self, samples):
+        return (Row(1.0) for _ in range(len(samples) + 1))
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_a_value_too_many_is_told_and_not_given_to_the_next_job(processes):
+    pool = Pooled("many", TooMany(), (f"{__name__}.TooMany", {}), Workers(processes, 20.0))
+    with pytest.raises(GateError, match=r"a reward returned more values than the 1 samples that it got"):
+        pool([Sample("p", "x")], torch.zeros(1, dtype=torch.int64))
 
 
 def test_an_import_that_fails_only_in_a_worker_is_told(tmp_path):

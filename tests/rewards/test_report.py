@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from rlhf_cli.rewards.agreement import agreement, kendall
 from rlhf_cli.rewards.combine import Combined
-from rlhf_cli.rewards.report import agreement, render, report, spearman
+from rlhf_cli.rewards.report import render, report, spearman
 from rlhf_cli.types import Sample, Scores
 
 GROUP = torch.tensor([0, 0, 0, 1, 1, 1])
@@ -34,10 +35,32 @@ def test_spearman_by_hand():
 
 
 def test_agreement_counts_a_tie_as_half_and_leaves_missing_out():
-    value = torch.tensor([3.0, 1.0, 1.0, float("nan")])
-    assert agreement(value, torch.tensor([[0, 1], [1, 0], [1, 2], [0, 3]])) == (0.5, 1)
-    accuracy, ties = agreement(value, torch.zeros(0, 2, dtype=torch.int64))
-    assert math.isnan(accuracy) and ties == 0
+    value, words = torch.tensor([3.0, 1.0, 1.0, float("nan")]), torch.ones(4)
+    got = agreement(value, torch.tensor([[0, 1], [1, 0], [1, 2], [0, 3]]), words)
+    assert (got.pairs, got.accuracy, got.ties) == (3, 0.5, 1)
+    nothing = agreement(value, torch.zeros(0, 2, dtype=torch.int64), words)
+    assert math.isnan(nothing.accuracy) and math.isnan(nothing.tau) and (nothing.pairs, nothing.ties) == (0, 0)
+
+
+def test_kendall_by_hand():
+    # Of the pairs of 1 2 3 4 and 1 3 2 4 five agree and one does not: (5 - 1) / 6.
+    assert kendall(torch.tensor([1.0, 2, 3, 4]), torch.tensor([1.0, 3, 2, 4])) == pytest.approx(4 / 6)
+    # 1 1 2 against 1 2 3: two of three pairs agree, one is a tie on the left: 2 / sqrt(2 * 3).
+    assert kendall(torch.tensor([1.0, 1, 2]), torch.tensor([1.0, 2, 3])) == pytest.approx(2 / math.sqrt(6))
+    assert math.isnan(kendall(torch.ones(3), torch.tensor([1.0, 2, 3])))
+    # A missing value leaves its row out: 1 3 against 1 2.
+    assert kendall(torch.tensor([1.0, float("nan"), 3]), torch.tensor([1.0, 9, 2])) == 1
+
+
+def test_agreement_with_rankings_and_by_length():
+    # Two prompts: values follow the recorded scores in the first and oppose them in the second.
+    value, recorded = torch.tensor([1.0, 2, 3, 3, 2, 1]), torch.tensor([10.0, 20, 30, 10, 20, 30])
+    words = torch.tensor([9.0, 10, 100, 9, 10, 100])
+    pairs = torch.tensor([[2, 0], [1, 0], [5, 3], [3, 5]])
+    got = agreement(value, pairs, words, recorded, [torch.arange(3), torch.arange(3, 6)])
+    assert (got.tau, got.prompts, got.accuracy) == (0.0, 2, 0.75)
+    # [2,0] and [5,3]: the winner is ten times as long, right and wrong; [1,0]: 11/10 is alike, right; [3,5]: shorter, right.
+    assert got.bands == ((1.0, 1), (1.0, 1), (0.5, 2))
 
 
 def test_statistics():
@@ -97,11 +120,15 @@ def test_several_components_and_rendering():
     assert [r.name for r in got.rows] == ["reward", "a", "b", "b/found"]
     total, a, b, found = got.rows
     assert total.mean == pytest.approx(a.mean + 1.0) and total.milliseconds >= a.milliseconds
-    assert (a.accuracy, a.ties, b.accuracy, b.ties) == (0.5, 0, 0.5, 2)
+    assert (a.agreement.accuracy, a.agreement.ties, b.agreement.accuracy, b.agreement.ties) == (0.5, 0, 0.5, 2)
     assert found.weight is None and found.milliseconds is None
     text = render(got)
     assert [line.split()[0] for line in text.splitlines()[2:7]] == ["component", "reward", "a", "b", "/found"]
     assert max(map(len, text.splitlines())) <= 100
     assert text.startswith("6 samples in 2 groups, 2 recorded pairs")
     assert "warning: b: every sample scores 2; a constant reward teaches nothing" in text
+    # [2,0]: 2 words beat 4, [0,1]: 4 beat 6; both winners are shorter, and a is right on the first alone.
+    table = text[text.index("agreement ") :].splitlines()
+    assert table[2].split() == ["a", "2", "0.500", "0", "-", "0.500", "-", "-"]
+    assert "2 shorter, 0 alike, 0 longer" in text
     assert "no warnings" in render(report(texts(4, 6, 2, 5, 7, 3), GROUP, one(1.0, 2.0, 3.0, 1.5, 2.5, 3.5)))

@@ -109,19 +109,21 @@ def test_final_number_marked_ignores_bare_numbers():
 
 
 def test_math_answer_scores_by_value():
-    scorer = MathAnswer(extract="any", tolerance=0.0)
+    scorer = MathAnswer(method="number", extract="any", tolerance=0.0)
     got = scorer([Sample("p", r, ("... #### 0.75",)) for r in ("3/4", "0.750", "0.7", "none")], torch.zeros(4))
     assert got.value.tolist() == [1, 1, 0, 0]
     assert got.components["found"].tolist() == [1, 1, 1, 0]
     assert values(scorer, "2", references=("#### 1", "#### 2")) == [1]
     # |0.667 - 2/3| = 0.000333 <= 0.001
-    assert values(MathAnswer(extract="any", tolerance=0.001), "0.667", "0.67", references=("2/3",)) == [1, 0]
+    assert values(
+        MathAnswer(method="number", extract="any", tolerance=0.001), "0.667", "0.67", references=("2/3",)
+    ) == [1, 0]
     with pytest.raises(ConfigError, match=r"reward\.math_answer\.tolerance: -1 is not allowed"):
-        MathAnswer(extract="any", tolerance=-1)
+        MathAnswer(method="number", extract="any", tolerance=-1)
 
 
 def test_math_answer_without_a_number_in_the_reference_is_missing():
-    got = MathAnswer(extract="any", tolerance=0.0)([Sample("p", "7", ("seven",))], torch.zeros(1))
+    got = MathAnswer(method="number", extract="any", tolerance=0.0)([Sample("p", "7", ("seven",))], torch.zeros(1))
     assert got.missing.tolist() == [True] and got.value.isnan().all()
 
 

@@ -10,6 +10,7 @@ import torch
 from rouge_score.rouge_scorer import RougeScorer
 
 from rlhf_cli.config import build
+from rlhf_cli.errors import ConfigError
 from rlhf_cli.rewards.bleuberi import inside_answer
 from rlhf_cli.rewards.rouge import common_subsequence
 from rlhf_cli.types import Sample
@@ -191,15 +192,54 @@ def test_common_subsequence_equals_the_table():
         assert common_subsequence(a, b) == table(a, b)
 
 
-@pytest.mark.parametrize("name", ["bleu", "bleuberi", "chrf", "rouge", "exact_match", "math_answer"])
+def test_meteor_by_hand():
+    # 5 of 6 words match in 2 chunks ("the cat", "on the mat"): F = 5/6, penalty 0.5 (2/5)^3 = 0.032, 5/6 * 0.968.
+    meteor = make("meteor")
+    assert score(meteor, CAT, IS) == pytest.approx(0.806667, abs=1e-6)
+    # Six words with themselves: one chunk of 6, 1 - 0.5 (1/6)^3.
+    assert score(meteor, CAT, CAT) == pytest.approx(0.997685, abs=1e-6)
+    # Stems match: "running" and "runs"; one word, one chunk: 1 - 0.5. The best reference counts.
+    assert score(meteor, "running", "dogs", "runs") == pytest.approx(0.5)
+    assert score(meteor, "", CAT) == 0 and score(meteor, "dog", CAT) == 0
+    # alpha = 0 is recall-free: F = P R / R = P = 1 of "the cat" against six words.
+    assert score(make("meteor", alpha=0.0, gamma=0.0), "the cat", CAT) == pytest.approx(1.0)
+
+
+def test_meteor_says_which_variant_it_is_and_refuses_settings():
+    from nltk.corpus import wordnet
+
+    try:
+        wordnet.ensure_loaded()
+    except LookupError:
+        with pytest.raises(
+            ConfigError, match=r"^reward\.meteor\.synonyms=true: the WordNet corpus is not on this machine; type"
+        ):
+            make("meteor", synonyms=True)
+    with pytest.raises(
+        ConfigError, match=r"^reward\.meteor: alpha=2\.0, beta=3\.0, gamma=0\.5 are not allowed; alpha and"
+    ):
+        make("meteor", alpha=2.0)
+
+
+def test_meteor_matches_synonyms_of_a_corpus_that_is_there():
+    from types import SimpleNamespace as Thing
+
+    meteor = make("meteor")
+    car = Thing(lemmas=lambda: [Thing(name=lambda: "auto")])
+    meteor.wordnet = Thing(synsets=lambda word: [car] if word == "car" else [])
+    assert score(meteor, "car", "auto") == pytest.approx(0.5) and score(make("meteor"), "car", "auto") == 0
+
+
+@pytest.mark.parametrize("name", ["bleu", "bleuberi", "chrf", "rouge", "meteor", "exact_match", "math_answer"])
 def test_no_reference_is_missing_not_zero(name):
     samples = [Sample("p", "7", ("7",)), Sample("p", "7"), Sample("p", "7", (" ",))]
     scores = make(name)(samples, torch.zeros(3, dtype=torch.int64))
     assert scores.missing.tolist() == [False, True, True]
-    assert scores.value[0] == 1 and scores.value[1:].isnan().all()
+    # METEOR of n words with themselves is 1 - 0.5 / n^3.
+    assert scores.value[0] == (0.5 if name == "meteor" else 1) and scores.value[1:].isnan().all()
 
 
-@pytest.mark.parametrize("name", ["bleu", "bleuberi", "chrf", "rouge"])
+@pytest.mark.parametrize("name", ["bleu", "bleuberi", "chrf", "rouge", "meteor"])
 def test_rows_are_scored_alike_in_any_order_and_company(name):
     samples = [Sample("p", words(n, n), (words(9, n % 3), words(7, 5))) for n in range(3, 12)]
     group = torch.arange(9) % 3
@@ -216,10 +256,25 @@ def test_every_option_is_keyed_by_its_name_and_checks(name):
     from rlhf_cli.config import check_node
 
     node = OmegaConf.load(CONF / f"{name}.yaml")
-    assert list(node) == [name] and node[name].weight == 1.0
+    assert list(node) == [name] and node[name].weight == (0.0 if name == "hidden_answer" else 1.0)  # logged only
     sig, _ = check_node(node[name], f"reward.{name}", reserved=("weight",))
     assert all(p.doc for p in sig.params.values()), {k: p.doc for k, p in sig.params.items()}
-    needing = {"bleu", "bleuberi", "chrf", "rouge", "exact_match", "math_answer"}
+    needing = {
+        "bleu",
+        "bleuberi",
+        "chrf",
+        "rouge",
+        "meteor",
+        "bertscore",
+        "exact_match",
+        "math_answer",
+        "cosine_length",
+        "sql_execution",
+        "sql_partial",
+        "hidden_answer",
+        "judge_anchor",
+        "levels",
+    }
     assert bool(sig.flags.get("needs_references")) == (name in needing)
     text = (CONF / f"{name}.yaml").read_text()
     assert text.startswith("# ") and len(text.splitlines()) <= 12

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlhf_cli.shaping import clip, overlong, scale, sequence_kl, token_kl
+from rlhf_cli.shaping import clip, missing_eos, overlong, scale, sequence_kl, token_kl
 from rlhf_cli.shaping.place import at_end
 
 MASK = torch.tensor([[1, 1, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0]], dtype=torch.bool)
@@ -59,3 +59,7 @@ def test_overlong() -> None:
 def test_overlong_without_buffer_is_a_step() -> None:
     mask = torch.arange(6) < torch.tensor([4, 5, 6])[:, None]
     assert overlong(torch.zeros(3), mask, max_tokens=4, buffer=0, factor=1.0).tolist() == [0, -1, -1]
+
+
+def test_missing_eos() -> None:
+    assert missing_eos(torch.ones(2), torch.tensor([True, False]), penalty=0.25).tolist() == [0.75, 1.0]

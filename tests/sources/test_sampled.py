@@ -1,5 +1,6 @@
 """On-policy rows from the tiny random model."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ def sampler() -> Sampler:
 
 def source(sampler: Sampler, **changes: Any) -> Sampled:
     settings: dict[str, Any] = {"prompts": 3, "samples": 2, "seed": 0} | changes
-    return Sampled(RECORDS, ENCODED, sampler, changes.pop("publish", lambda: None), COMM, **settings)
+    return Sampled(RECORDS, ENCODED, sampler, lambda: None, COMM, **settings)
 
 
 def test_rows_of_a_step(sampler: Sampler) -> None:
@@ -111,3 +112,29 @@ def test_groups_are_handed_on_as_they_are_drawn(sampler: Sampler) -> None:
     groups = [list(exp.samples[i : i + 2]) for i in (0, 2, 4)]
     assert sorted(begun, key=groups.index) == groups
     assert exp.samples == plain.samples and torch.equal(exp.behavior_logp, plain.behavior_logp)
+
+
+def test_a_further_rollout_of_a_step_has_its_own_numbers(sampler: Sampler) -> None:
+    s, other = source(sampler, prompts=4), source(sampler, prompts=4)
+    first, second = next(s), next(s)
+    assert {x.uid for x in first.samples} == {x.uid for x in second.samples} == {"0", "1", "2", "3"}
+    by_uid = {x.uid: x.response for x in second.samples[::2]}
+    assert any(by_uid[x.uid] != x.response for x in first.samples[::2])
+    s.publish(1)
+    other.load_state_dict(s.state_dict())
+    assert next(s).samples == next(other).samples, "what is drawn after publish does not depend on how much was before"
+
+
+def test_a_greedy_response_joins_each_group(sampler: Sampler) -> None:
+    begun: list[list[Sample]] = []
+    s = source(sampler, greedy=True, begin=begun.append)
+    exp, plain = next(s), next(source(sampler))
+    assert exp.group.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert exp.greedy.tolist() == [False, False, True] * 3
+    assert exp.rows((~exp.greedy).nonzero().flatten()).samples == plain.samples, "the others are drawn as without it"
+    for i in (2, 5, 8):
+        prompt = ENCODED[int(exp.samples[i].uid)]
+        alone = sampler.sample([prompt], 1, [0], replace(sampler.decoding, temperature=0.0)).ids[0]
+        assert exp.ids[i][exp.mask[i]].tolist() == alone
+    groups = [list(exp.samples[i : i + 3]) for i in (0, 3, 6)]
+    assert sorted(begun, key=groups.index) == groups, "rewards may start on whole groups"

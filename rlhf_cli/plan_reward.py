@@ -1,0 +1,251 @@
+"""What a configuration's rewards need, proved before anything loads: combination, shapers of one reward, the prepass. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from rlhf_cli.config import check_node, nearest
+from rlhf_cli.data.spec import gives
+from rlhf_cli.errors import ConfigError
+from rlhf_cli.flow import Plan, Stage
+from rlhf_cli.judges.judge import check_section, describe
+from rlhf_cli.rewards.nodes import RESERVED, RULE_RESERVED, Node, reward_nodes, slot, sources
+from rlhf_cli.signature import Signature
+
+REFERENCE = ("ref_scores", "ref_length")
+CARRIED = frozenset({"score", "mask", "group", "ids", "attention", *REFERENCE})  # what a reference response has
+CENTERS = ("none", "group", "reference")
+SCALES = ("none", "batch", "reference")
+
+
+class Wants(NamedTuple):
+    """What the rewards of a run need besides themselves."""
+
+    references: bool  # a prepass
+    combined: bool  # of the combined score too
+
+
+def scorers(cfg: Any, plan: Plan, have: set[str]) -> None:
+    """The stages from responses to scores."""
+    if plan.source != "sampled" or not cfg.reward:
+        if cfg.dataset.hardest:
+            raise ConfigError(
+                "dataset.hardest: it takes responses of the initial policy and a reward; type source=sampled reward=NAME, or dataset.hardest=0"
+            )
+        return
+    check(cfg)
+    if wants(cfg).references or cfg.dataset.hardest:
+        _prepass(cfg, plan, have)
+    for one in reward_nodes(cfg):
+        name, key, node = one
+        sig = check_node(node, key, allow=cfg.allow_targets, reserved=RESERVED)[0]
+        if sig.flags.get("needs_references") and "references" not in gives(cfg.dataset):
+            raise ConfigError(
+                f"reward={name} compares with references, and this dataset maps none; type dataset.columns.references=COLUMN, or another reward"
+            )
+        if sig.flags.get("needs_links") and "link" not in gives(cfg.dataset):
+            raise ConfigError(
+                f"reward={name} compares the answers to linked prompts, and this dataset links none; type dataset.columns.link=COLUMN"
+            )
+        if "path" in sig.params and not node.get("path"):
+            raise ConfigError(f"{key}.path is empty; type {key}.path={sig.flags.get('path_is', 'FILE')}")
+        brought = str(sig.flags.get("columns", "")).split()  # beside its value
+        plan.stages.append(
+            Stage(
+                f"reward.{name}",
+                f"{_short(sig)} x {float(node.get('weight', 1.0)):g}",
+                frozenset(),
+                ("score", *brought),
+            )
+        )
+        have.update(("score", *brought))
+        plan.stages += [Stage(k, _short(s), frozenset(s.columns) - {"score"}) for k, s in shapers(cfg, one)]
+        if sig.flags.get("asks_judge"):
+            check_section(cfg.judge)
+            plan.models["judge"] = describe(cfg.judge)
+        if sig.flags.get("loads_model"):
+            plan.models[f"reward.{name}"] = f"scores responses ({node['path']})"
+    _combination(cfg, plan)
+
+
+def _prepass(cfg: Any, plan: Plan, have: set[str]) -> None:
+    """Responses of the initial policy: what they cost, or where they come from."""
+    n, rows = cfg.prepass.samples, cfg.batch.prompts * cfg.batch.samples
+    if cfg.prepass.path:
+        does = (
+            f"{n} responses of the initial policy to each training prompt, and their rewards, from {cfg.prepass.path}"
+        )
+    else:
+        does = f"{n} responses of the initial policy to each training prompt, and their rewards"
+        plan.notes.append(
+            f"prepass: before the first step {n} responses are drawn and scored for each training prompt, "
+            f"at most {n * cfg.rollout.max_tokens} tokens a prompt; {max(1, rows // n)} prompts cost as much sampling as a step. "
+            "prepass.path=RUN uses those of another run"
+        )
+    made = REFERENCE if wants(cfg).references else ()
+    plan.stages.append(Stage("prepass", does, frozenset(), made))
+    have.update(made)
+    if cfg.dataset.hardest:
+        plan.stages.append(
+            Stage("choice", f"{cfg.dataset.hardest} training prompts by these scores: {cfg.dataset.band}")
+        )
+
+
+def _combination(cfg: Any, plan: Plan) -> None:
+    """The rule, where there is more than one source to combine."""
+    weights = sources(cfg)
+    sig = rule(cfg)
+    if sig is None or not weights:
+        return
+    if len(weights) > 1 or not sig.linear:
+        plan.stages.append(
+            Stage("combine", f"{_short(sig)} of {', '.join(n for n, w in weights.items() if w)}", frozenset({"score"}))
+        )
+
+
+def _short(sig: Signature) -> str:
+    return sig.target.rpartition(".")[2]
+
+
+def rule(cfg: Any) -> Signature | None:
+    """The combination's rule."""
+    if not cfg.combine:
+        return None
+    return check_node(cfg.combine, "combine", allow=cfg.allow_targets, reserved=RULE_RESERVED)[0]
+
+
+def wants(cfg: Any) -> Wants:
+    """Whether some stage compares with responses of the initial policy."""
+    combined = any("ref_scores" in sig.columns for _, sig in _stages(cfg))
+    own = any("ref_scores" in sig.columns for node in reward_nodes(cfg) for _, sig in shapers(cfg, node))
+    rule_ = cfg.combine or {}
+    return Wants(combined or own or "reference" in (rule_.get("center"), rule_.get("scale")), combined)
+
+
+def shapers(cfg: Any, node: Node) -> list[tuple[str, Signature]]:
+    """(place, signature) of one reward's own shapers."""
+    return [(key, check_node(v, key, allow=cfg.allow_targets)[0]) for key, v in slot(node).values()]
+
+
+def check(cfg: Any) -> None:
+    """Refuse, in one sentence, what the rewards and their combination cannot do."""
+    nodes = reward_nodes(cfg)
+    twice = next((n.name for i, n in enumerate(nodes) if n.name in {m.name for m in nodes[:i]}), None)
+    if twice:
+        raise ConfigError(
+            f"reward: two rewards are called {twice}; give one another name with +reward@reward.NAME=OPTION"
+        )
+    for node in nodes:
+        for key, sig in shapers(cfg, node):
+            _check_shaper(key, sig)
+    found = rule(cfg)
+    if found is not None and nodes:
+        _check_rule(cfg, found)
+    _check_chain([(k, s) for k, s in _stages(cfg) if k.startswith("shaping.")])
+    for node in nodes:
+        _check_chain(shapers(cfg, node))
+
+
+def _check_shaper(key: str, sig: Signature) -> None:
+    absent = sorted(set(sig.columns) - CARRIED)
+    name = _short(sig)
+    if "score" not in sig.columns:
+        raise ConfigError(
+            f"{key}: {name} gives token rewards, which are shaped together; type +shaping={name}, or put it into shaping"
+        )
+    if absent:
+        raise ConfigError(
+            f"{key}: {name} needs {absent[0]}, which is not known when a reward is scored; put it into shaping"
+        )
+
+
+def _check_chain(chain: list[tuple[str, Signature]]) -> None:
+    """A shaper before one that compares with references must fit references too."""
+    last = max((i for i, (_, sig) in enumerate(chain) if "ref_scores" in sig.columns), default=0)
+    for key, sig in chain[:last]:
+        if "score" in sig.columns and not set(sig.columns) <= CARRIED:
+            raise ConfigError(
+                f"{key}: the responses of the initial policy have no {min(set(sig.columns) - CARRIED)}, "
+                f"so it cannot stand before {chain[last][0]}; put it behind"
+            )
+
+
+def _check_rule(cfg: Any, sig: Signature) -> None:
+    node, names = cfg.combine, [n for n, w in sources(cfg).items() if w]
+    name = cfg.names.get("combine", _short(sig))
+    for key, allowed in (("center", CENTERS), ("scale", SCALES)):
+        if node.get(key, "none") not in allowed:
+            raise ConfigError(
+                f"combine.{key}: {node[key]!r} is not allowed; choose one of {', '.join(allowed)}{nearest(str(node[key]), allowed)}"
+            )
+    if wants(cfg).combined and not sig.rowwise:
+        raise ConfigError(
+            f"combine={name} compares the rows of a step, so responses of the initial policy have no score under it; "
+            "shape each reward by itself (+shaping@reward.NAME.shaping=par), or choose another combination"
+        )
+    if "directions" in sig.columns and len(names) != 2:
+        raise ConfigError(f"combine={name} weighs two rewards, and this run has {len(names)}; type reward=[a,b]")
+    if "by_meta" in sig.params and not node.get("by_meta"):
+        raise ConfigError("combine.by_meta is empty; type combine.by_meta=KEY and dataset.columns.meta.KEY=COLUMN")
+    if "thresholds" in sig.params:
+        _check_thresholds(node.get("thresholds") or {}, names)
+
+
+def _check_thresholds(thresholds: Mapping[str, Any], names: list[str]) -> None:
+    if not thresholds:
+        raise ConfigError(
+            "combine.thresholds is empty; type combine.thresholds.NAME=VALUE for each reward that must reach one"
+        )
+    for key in thresholds:
+        if key not in names:
+            raise ConfigError(
+                f"combine.thresholds.{key}: no such reward; there are {', '.join(names)}{nearest(str(key), names)}"
+            )
+    if len(thresholds) == len(names):
+        raise ConfigError(
+            "combine.thresholds bounds every reward, and none is left to maximise; type reward=[a,b] with one more"
+        )
+
+
+def spans(cfg: Any) -> list[str]:
+    """The rewards that place their value on tokens themselves."""
+    return [n.key for n in reward_nodes(cfg) if n.settings.get("weight", 1.0) and _gives_spans(cfg, n)]
+
+
+def check_spans(cfg: Any, *, read: bool) -> None:
+    """Refuse token rewards that nobody reads, and combinations that do not know where they fall."""
+    placed = spans(cfg)
+    if not placed:
+        return
+    if not read:
+        raise ConfigError(
+            f"{placed[0]} gives token rewards, and no stage reads them: choose a credit that takes `reward` (credit=group_norm_to_go, credit=gae)"
+        )
+    found = rule(cfg)
+    if found is not None and not found.linear:
+        raise ConfigError(
+            f"{placed[0]} gives token rewards, and only combine=weighted_sum knows where they fall; type combine=weighted_sum"
+        )
+
+
+def _gives_spans(cfg: Any, node: Node) -> bool:
+    """`gives_spans` of a scorer's class: True, or the name of the setting that turns them on."""
+    flag = check_node(node.settings, node.key, allow=cfg.allow_targets, reserved=RESERVED)[0].flags.get("gives_spans")
+    return bool(node.settings.get(flag) if isinstance(flag, str) else flag)
+
+
+def _stages(cfg: Any) -> Iterator[tuple[str, Signature]]:
+    """Every function behind the combination."""
+    for key in ("shaping", "select", "credit", "updates"):
+        yield from _targets(cfg, cfg.get(key), key)
+
+
+def _targets(cfg: Any, section: Any, key: str) -> Iterator[tuple[str, Signature]]:
+    if not isinstance(section, Mapping):
+        return
+    if "_target_" in section:
+        yield key, check_node(section, key, allow=cfg.allow_targets)[0]
+        return
+    for name, inner in section.items():
+        yield from _targets(cfg, inner, f"{key}.{name}")

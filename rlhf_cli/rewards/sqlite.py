@@ -1,0 +1,144 @@
+"""Queries of a policy on a database of its own: read-only, limited in work, time and rows."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from rlhf_cli.errors import ConfigError
+
+Compare = Literal["set", "multiset", "ordered"]
+EVERY = 1000  # virtual-machine instructions between two looks at the limits
+LONGEST = 1_000_000  # bytes of one value, one row and one query
+_ALLOWED = frozenset({sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE})
+_REFUSED = frozenset({"random", "randomblob", "load_extension", "readfile", "writefile", "edit", "fts3_tokenizer"})
+_FENCE = re.compile(r"```sql[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+
+
+class Limits(NamedTuple):
+    """Of one query. The number of instructions does not depend on the machine; the seconds are a safety net."""
+
+    instructions: int
+    seconds: float
+    rows: int
+
+
+class Result(NamedTuple):
+    """Rows of a query, or why there are none. `late`: the wall clock stopped it, which says nothing about the query."""
+
+    rows: list[tuple[Any, ...]]
+    error: str = ""
+    late: bool = False
+
+
+def run(connection: sqlite3.Connection, query: str, limits: Limits) -> Result:
+    """Run one query. Whatever it does wrong is an error in words; nothing is ever written."""
+    end, left = time.monotonic() + limits.seconds, limits.instructions // EVERY
+    late = False
+
+    def stop() -> int:
+        nonlocal left, late
+        left -= 1
+        late = time.monotonic() > end
+        return int(late or left < 0)
+
+    connection.set_progress_handler(stop, EVERY)
+    try:
+        cursor = connection.execute(query)
+        rows = cursor.fetchmany(limits.rows + 1)
+    except sqlite3.OperationalError as e:
+        why = f"it takes over {limits.instructions} instructions" if left < 0 and not late else str(e)
+        return Result([], f"it takes over {limits.seconds:g} s" if late else why, late)
+    except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError) as e:
+        return Result([], str(e) or type(e).__name__)
+    finally:
+        connection.set_progress_handler(None, 0)
+    if cursor.description is None:  # an empty text, or a comment
+        return Result([], "it is no query")
+    return Result(rows) if len(rows) <= limits.rows else Result([], f"it returns over {limits.rows} rows")
+
+
+def same(a: Sequence[tuple[Any, ...]], b: Sequence[tuple[Any, ...]], compare: Compare) -> bool:
+    """Whether two results are equal: as sets of rows, with duplicates, or in order too."""
+    if compare == "set":
+        return set(a) == set(b)
+    return Counter(a) == Counter(b) if compare == "multiset" else list(a) == list(b)
+
+
+def query_of(response: str) -> str:
+    """The query in a response: its last ```sql block; else what its last <answer> holds; else all of it."""
+    for found in (_FENCE.findall(response), _ANSWER.findall(response)):
+        if found:
+            return found[-1].strip().rstrip(";").strip()
+    return response.strip().rstrip(";").strip()
+
+
+def connect(meta: Mapping[str, Any], folder: str) -> sqlite3.Connection | str:
+    """The database of a record, locked for reading; or why there is none.
+
+    `meta.script` is SQL text that makes it; `meta.database` names a file under `folder`, an SQL script (.sql) or an
+    SQLite database, of which nothing is ever written.
+    """
+    script, name = meta.get("script"), meta.get("database")
+    if script:
+        return _made(str(script))
+    if not name:
+        return "its record names no database: map dataset.columns.meta.database, or meta.script"
+    root = Path(str(Path(__file__).parents[1] / "data" / "sql")) if folder == "packaged" else Path(folder).expanduser()
+    file = root / str(name)
+    if not file.is_file():
+        return f"there is no database {str(file)!r}"
+    return _made(file.read_text(encoding="utf-8")) if file.suffix == ".sql" else _opened(str(file.resolve()))
+
+
+@lru_cache(maxsize=32)
+def _made(script: str) -> sqlite3.Connection | str:
+    connection = sqlite3.connect(":memory:")
+    try:
+        connection.executescript(script)
+    except sqlite3.Error as e:
+        return f"the script of its database fails: {e}"
+    connection.commit()
+    return _locked(connection)
+
+
+@lru_cache(maxsize=32)
+def _opened(file: str) -> sqlite3.Connection | str:
+    try:
+        connection = sqlite3.connect(f"{Path(file).as_uri()}?mode=ro", uri=True)
+        connection.execute("SELECT 1 FROM sqlite_master").fetchone()
+    except sqlite3.Error as e:
+        return f"{file} cannot be read: {e}"
+    return _locked(connection)
+
+
+def _locked(connection: sqlite3.Connection) -> sqlite3.Connection:
+    """Reading only, by an allow-list: no writes, no other files, no pragmas, no extensions, no huge values."""
+    connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
+    for limit in (sqlite3.SQLITE_LIMIT_LENGTH, sqlite3.SQLITE_LIMIT_SQL_LENGTH):
+        connection.setlimit(limit, LONGEST)
+    connection.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
+
+    def authorize(action: int, first: str | None, second: str | None, *_: str | None) -> int:
+        fine = action in _ALLOWED and not (action == sqlite3.SQLITE_FUNCTION and second in _REFUSED)
+        return sqlite3.SQLITE_OK if fine else sqlite3.SQLITE_DENY
+
+    connection.set_authorizer(authorize)
+    return connection
+
+
+def limits_of(key: str, instructions: int, seconds: float, rows: int) -> Limits:
+    """Checked limits."""
+    if instructions < EVERY or seconds <= 0 or rows < 1:
+        raise ConfigError(
+            f"{key}: instructions={instructions}, seconds={seconds}, rows={rows} are not allowed; instructions start at "
+            f"{EVERY}, seconds above 0, rows at 1"
+        )
+    return Limits(instructions, seconds, rows)

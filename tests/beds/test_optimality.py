@@ -1,0 +1,57 @@
+"""Every method lands where theory says, through its own recipe's stages; and the page that says so is current."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from optimality_bed import Row, land, rows
+from optimality_envs import MEMORYLESS, TWO_TOKENS, Env, distance, optimum
+
+ROOT = Path(__file__).parents[2]
+CASES = [(row, env) for row in rows() for env in row.envs]
+each_case = pytest.mark.parametrize(
+    ("row", "env"), CASES, ids=[f"{r.name}-{e.name}".replace(" ", "-") for r, e in CASES]
+)
+
+
+@each_case
+def test_it_lands_where_theory_says(row: Row, env: Env) -> None:
+    found, predicted = land(row, env), row.predicted(env)
+    away = distance(found, predicted)
+    assert away <= row.tolerance, f"{away:.4f} from the predicted law: {found} instead of {predicted}"
+
+
+def test_the_closed_forms_by_hand() -> None:
+    # p(1) = 0.3 e^1.5 / (0.7 + 0.3 e^1.5) = 0.657619 at beta = 1 / 1.5
+    law = optimum(1 / 1.5)(MEMORYLESS)
+    assert law["11"] == pytest.approx(0.657619**2, abs=1e-6) and law["01"] == pytest.approx(
+        0.657619 * 0.342381, abs=1e-6
+    )
+    # p e^r = 0.28, 0.42 e^2, 0.27 e^3, 0.03 / e; log Z = 2.176742
+    law = optimum(1.0)(TWO_TOKENS)
+    assert law == pytest.approx({"00": 0.031755, "01": 0.351958, "10": 0.615035, "11": 0.001252}, abs=1e-6)
+    kl = sum(p * math.log(p / q) for p, q in zip(law.values(), TWO_TOKENS.law(TWO_TOKENS.start).values(), strict=True))
+    mean = sum(p * TWO_TOKENS.reward[y] for y, p in law.items())
+    assert (mean, kl) == pytest.approx((2.547771, 0.371028), abs=1e-6)
+
+
+def script() -> Any:
+    spec = importlib.util.spec_from_file_location("method_optima", ROOT / "scripts" / "method_optima.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_holds_every_row_and_its_prediction() -> None:
+    made = script()
+    text = made.PAGE.read_text(encoding="utf-8")
+    parts = {part.partition("\n")[0]: part for part in text.split("\n### ")[1:]}
+    for row, env in CASES:
+        line = made.start(row, row.predicted(env))
+        assert line in parts.get(env.name.capitalize(), ""), f"type: python scripts/method_optima.py --write   ({line})"
+    assert text.count("\n| ") == len(CASES) + len(parts), "a row is gone: python scripts/method_optima.py --write"

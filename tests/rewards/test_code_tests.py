@@ -1,0 +1,222 @@
+"""Code tests: what passes, and everything that a response may try instead of being right."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf_cli.errors import ConfigError
+from rlhf_cli.rewards import sandboxed
+from rlhf_cli.rewards.code_tests import CodeTests, code_of
+from rlhf_cli.types import Sample
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="THE SANDBOX NEEDS LINUX: code_tests is not tested here"
+)
+TESTS = ["assert add(1, 2) == 3", "assert add(-1, 1) == 0"]
+
+
+def make(**settings):
+    return CodeTests(**{"reward": "all_or_nothing", "seconds": 5.0, "memory_mb": 256} | settings)
+
+
+def score(code, tests=TESTS, **more):
+    settings = {k: more.pop(k) for k in ("reward", "seconds", "memory_mb") if k in more}
+    got = make(**settings)([Sample("p", code, meta={"tests": tests, **more})], torch.zeros(1, dtype=torch.int64))
+    return got.value[0].item()
+
+
+def test_right_wrong_and_half_right():
+    assert score("def add(a, b):\n    return a + b") == 1
+    half = "def add(a, b):\n    return 3"
+    assert score(half) == 0 and score(half, reward="fraction") == 0.5
+    assert score("def add(a, b): return a - b") == 0 == score("def ad(") == score("") == score("add = 3")
+
+
+def test_code_is_the_last_fence():
+    text = "First\n```python\nbad\n```\nthen\n```python\ndef add(a, b):\n    return a + b\n```\nDone."
+    assert code_of(text).startswith("def add") and score(text) == 1
+
+
+def test_values_cross_whole_and_exceptions_keep_their_kind():
+    code = "def f(x): return {'a': [x, (1, 2.5)], 'b': {3}, 'c': None}\ndef g(): raise KeyError('x')"
+    tests = [
+        "assert f('q') == {'a': ['q', (1, 2.5)], 'b': {3}, 'c': None}",
+        "try:\n    g()\nexcept KeyError:\n    pass\nelse:\n    assert False",
+    ]
+    assert score(code, tests) == 1
+
+
+def test_entry_point_and_setup():
+    test = "def check(candidate):\n    assert math.isclose(candidate(4), 2.0)"
+    assert score("def root(x): return x ** 0.5", test, entry_point="root", setup="import math") == 1
+
+
+def test_programs_that_read_and_print():
+    cases = [{"input": "2 3\n", "output": "5"}, {"input": "1 1\n", "output": "2\n"}]
+    add = "a, b = map(int, input().split())\nprint(a + b)"
+    assert score(add, [], cases=cases) == 1
+    assert (
+        score("print(5)", [], cases=cases, reward="fraction") == 0.5
+        and score("import sys; print(5); sys.exit(3)", [], cases=cases[:1]) == 0
+    )
+
+
+def test_a_record_without_tests_is_missing():
+    got = make()([Sample("p", "x")], torch.zeros(1, dtype=torch.int64))
+    assert got.missing.tolist() == [True] and got.reasons[0].startswith(
+        "its record has no tests: map dataset.columns.meta.tests"
+    )
+
+
+ADD = "def add(a, b):\n    return 7\n"
+FORGED = {
+    "printing passed": "print('passed', flush=True)\nimport sys; sys.stderr.write('OK\\n')\n",
+    "leaving with success": "import os\nos._exit(0)\n",
+    "leaving when called": "import os\ndef add(a, b):\n    os._exit(0)\n",
+    "exit": "raise SystemExit(0)\n",
+    "an object that equals everything": "class E(int):\n    def __eq__(self, o): return True\n    def __repr__(self): return 'E'\ndef add(a, b): return E()\n",
+    "a message on every pipe": (
+        "import os, json, struct\nfor fd in range(3, 20):\n    try:\n        m = json.dumps({'token': '', 'test': 0, 'passed': True, 'end': True}).encode()\n"
+        "        os.write(fd, struct.pack('!I', len(m)) + m)\n    except OSError: pass\n"
+    ),
+    "another assert": "import builtins\nbuiltins.AssertionError = type('A', (BaseException,), {})\n__debug__ or 1\n",
+    "patched frames": "import sys\nfor f in [sys._getframe(i) for i in range(3)]:\n    f.f_locals.update(passed=True)\n    f.f_globals['grade'] = None\n",
+}
+
+
+@pytest.mark.parametrize("how", FORGED)
+def test_a_verdict_cannot_be_forged(how):
+    own = FORGED[how]
+    assert score(own if "def add" in own else ADD + own) == 0
+    assert score((own if "def add" in own else own + ADD), reward="fraction") == 0
+
+
+def attempt(statement, tmp_path):
+    """Whether a statement fails inside: the function returns the name of what it raises."""
+    code = f"def tried():\n    try:\n        {statement}\n    except BaseException as e:\n        return type(e).__name__\n    return 'done'"
+    tests = [
+        "assert tried() in ('PermissionError', 'OSError', 'BlockingIOError', 'FileNotFoundError', 'MemoryError', 'ValueError'), tried()"
+    ]
+    return score(code, tests, memory_mb=128)
+
+
+FORBIDDEN = {
+    "write a file": "open('here.txt', 'w').write('x')",
+    "write elsewhere": "open({outside!r}, 'w').write('x')",
+    "append": "open({outside!r}, 'a')",
+    "delete": "__import__('os').unlink({outside!r})",
+    "rename": "__import__('os').rename({outside!r}, {outside!r} + '2')",
+    "make a folder": "__import__('os').mkdir({outside!r} + 'd')",
+    "change a mode": "__import__('os').chmod({outside!r}, 0)",
+    "truncate": "__import__('os').truncate({outside!r}, 0)",
+    "link": "__import__('os').symlink('a', {outside!r} + 'l')",
+    "fork": "__import__('os').fork()",
+    "run a program": "__import__('os').execv('/bin/true', ['true'])",
+    "spawn": "__import__('_posixsubprocess') and __import__('os').posix_spawn('/bin/true', ['true'], {{}})",
+    "shell": "(_ for _ in ()).throw(OSError) if __import__('os').system('true') else None",
+    "a socket": "__import__('socket').socket()",
+    "a local socket": "__import__('socket').socket(1)",
+    "a pair of sockets": "__import__('socket').socketpair()",
+    "signal the worker": "__import__('os').kill({pid}, 9)",
+    "signal a group": "__import__('os').killpg({pid}, 9)",
+    "leave the session": "__import__('os').setsid()",
+    "read the worker's memory": "open('/proc/{pid}/mem', 'rb').read(1)",
+    "read its environment": "open('/proc/{pid}/environ', 'rb').read()",
+    "more memory": "__import__('resource').setrlimit(9, (1 << 40, 1 << 40))",
+    "a big list": "[0] * (1 << 28)",
+}
+
+
+@pytest.mark.parametrize("what", FORBIDDEN)
+def test_the_kernel_refuses(what, tmp_path):
+    outside = tmp_path / "outside.txt"
+    outside.write_text("kept")
+    statement = FORBIDDEN[what].format(outside=str(outside), pid=os.getpid())
+    assert attempt(statement, tmp_path) == 1, what
+    assert outside.read_text() == "kept" and os.listdir(tmp_path) == ["outside.txt"]
+
+
+def test_a_domain_hides_other_processes_even_from_root():
+    code = (
+        "import ctypes, os\nfrom rlhf_cli.rewards import sandboxed\nlibc = ctypes.CDLL(None)\nlibc.prctl(38, 1, 0, 0, 0)\n"
+        "own = sandboxed._own_domain(libc)\ntry:\n    open(f'/proc/{os.getppid()}/mem', 'rb').read(1)\n    print(own, 'read')\n"
+        "except OSError:\n    print(own, 'refused')"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    if said[0] == "False":
+        pytest.skip("THIS KERNEL HAS NO LANDLOCK: only the filter and the missing capabilities hide other processes")
+    assert said == ["True", "refused"]
+
+
+def test_a_fork_bomb_starts_nothing():
+    before = len([p for p in Path("/proc").iterdir() if p.name.isdigit()])
+    bomb = "import os\nwhile True:\n    try: os.fork()\n    except OSError: break\n"
+    assert score(bomb + "def add(a, b): return a + b") == 1  # it goes on, alone
+    assert len([p for p in Path("/proc").iterdir() if p.name.isdigit()]) < before + 50
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "while True: pass",
+        "def add(a, b):\n    while True: pass",
+        "import time\ndef add(a, b): time.sleep(100)",
+        "def add(a, b):\n    return '9' * 10**9",
+        "x = []\nwhile True: x.append(bytearray(10**6))",
+        "def add(a, b): return add(a, b)",
+        "import sys\nsys.setrecursionlimit(10**9)\ndef add(a, b): return add(b, a)",
+        "def add(a, b): return eval('(' * 10000)",
+    ],
+)
+def test_time_and_memory_end(code):
+    start = time.monotonic()
+    assert score(code, seconds=1.0, memory_mb=128) == 0
+    assert time.monotonic() - start < 20
+
+
+def test_all_cases_share_the_time():
+    start = time.monotonic()
+    assert score("while True: pass", [], cases=[{"input": "", "output": "1"}] * 20, seconds=1.0) == 0
+    assert time.monotonic() - start < 15
+
+
+def test_nothing_is_left_behind(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    import tempfile
+
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    fds = len(os.listdir("/proc/self/fd"))
+    score("while True: pass", seconds=0.5)
+    score("print(1)", [], cases=[{"input": "", "output": "1"}])
+    assert os.listdir(tmp_path) == [] and len(os.listdir("/proc/self/fd")) == fds
+
+
+def test_the_filter_is_an_allow_list_of_both_machines():
+    for machine in ("x86_64", "aarch64"):
+        lines = sandboxed.program(machine)
+        assert lines[-1] == (sandboxed.RETURN, 0, 0, sandboxed.SECCOMP_ERRNO | sandboxed.EPERM) and len(lines) < 4096
+        for i, (code, yes, no, _) in enumerate(lines):  # every jump stays inside
+            if code in (sandboxed.EQUAL, sandboxed.ANY_BIT):
+                assert i + 1 + max(yes, no) < len(lines)
+
+
+def test_a_machine_that_cannot_hold_it_is_refused(monkeypatch):
+    from rlhf_cli.rewards.sandbox import Child
+
+    child = Child.__new__(Child)
+    inside, out = os.pipe()
+    sandboxed.send(out, {"unsafe": "the kernel refuses"})
+    child.ours = [0, inside]
+    with pytest.raises(
+        ConfigError,
+        match=r"^reward\.code_tests: this machine cannot hold untrusted code: the kernel refuses; use Linux",
+    ):
+        child.hear(time.monotonic() + 5)
+    os.close(inside), os.close(out)
+    with pytest.raises(ConfigError, match=r"^reward\.code_tests: seconds=0, memory_mb=256 are not allowed"):
+        make(seconds=0)
