@@ -121,29 +121,26 @@ def _claimed(rundir: RunDir) -> Iterator[None]:
 
     Two writers would mix their files; the second, at work or in a queue, must not even touch the configuration.
     """
-    job = _queued(rundir)
-    if job:
-        raise busy(rundir, job)
+    before = rundir.job()
+    _refuse_queued(rundir)
     rundir.claim()
     try:
+        if rundir.job() != before:  # submitted by another command in between
+            _refuse_queued(rundir)
         yield
     except BaseException as e:
         rundir.release()
         raise full_disk(e, rundir.path) or e from None
 
 
-def _queued(rundir: RunDir) -> str | None:
-    """The cluster job of a run that is still to come or at work, unless that is this one."""
+def _refuse_queued(rundir: RunDir) -> None:
+    """Refuse a run whose cluster job is still to come or at work, unless that is this one."""
     job, task = str(rundir.job().get("job", "")), step.here()
     if not job or (task is not None and task.job == job):
-        return None
-    known = queue.jobs([job])
-    if known is None and queue.present():
-        raise ConfigError(
-            f"run {rundir.name}: SLURM does not say whether its job {job} is still queued; try again in a minute"
-        )
-    found = (known or {}).get(job)
-    return f"job {job} ({found.state.lower()})" if found and (found.waiting or found.active) else None
+        return
+    found = queue.pending([job]).get(job)
+    if found is not None:
+        raise busy(rundir, f"job {job} ({found.state.lower()})")
 
 
 def _freeze(rundir: RunDir, plain: dict[str, Any]) -> None:

@@ -53,6 +53,17 @@ def jobs(ids: Iterable[str]) -> dict[str, Job] | None:
     return found
 
 
+def pending(ids: Iterable[str]) -> dict[str, Job]:
+    """Those of the jobs that wait or have processes. Raises ConfigError where there is a SLURM and it does not say."""
+    wanted = set(ids)
+    known = jobs(wanted)
+    if known is None and present():
+        raise ConfigError(
+            f"SLURM does not say whether job {', '.join(sorted(wanted))} is still queued; try again in a minute"
+        )
+    return {name: job for name, job in (known or {}).items() if job.waiting or job.active}
+
+
 def cancel(job: str) -> None:
     """End a job: its ranks get SIGTERM and checkpoint; after the cluster's KillWait they are killed."""
     _tell("scancel", job)

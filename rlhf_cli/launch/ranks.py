@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.errors import ConfigError, GateError
+from rlhf_cli.launch.child import bound
 from rlhf_cli.launch.nodes import Others, Place
-from rlhf_cli.launch.stop import Stop, die_with_parent
+from rlhf_cli.launch.stop import Stop
 from rlhf_cli.record.rundir import RunDir
 
 PREEMPTED, FAILED, INTERRUPTED = 75, 1, 130  # exit statuses
@@ -39,8 +40,8 @@ def run_ranks(rundir: RunDir, hardware: Any, place: Place, stop: Stop) -> int:
         Others(rundir, place) as others,
     ):
         ranks = subprocess.Popen(
-            _command(rundir, hardware, place), env=_environment(hardware, place), stderr=log,
-            start_new_session=True, preexec_fn=die_with_parent,
+            bound(_command(rundir, hardware, place), signal.SIGKILL), env=_environment(hardware, place), stderr=log,
+            start_new_session=True,
         )  # fmt: skip
         try:
             code = _wait(ranks, stop, lambda: others.failed() or bool(rundir.errors().items() - stale))
@@ -155,8 +156,13 @@ def first_failure(errors: Mapping[Path, int]) -> tuple[int, str, str] | None:
         last = " ".join(said or lines[-1:]) or "unknown: the file is empty"
         kind, _, text = last.partition(": ")
         rank = int(path.stem.removeprefix("rank-"))
-        found.append((any(word in last for word in CONSEQUENCES), when, rank, kind.rpartition(".")[2], text))
+        found.append((follows(last), when, rank, kind.rpartition(".")[2], text))
     return min(found)[2:] if found else None
+
+
+def follows(message: str) -> bool:
+    """Whether an error only says that another rank is gone."""
+    return any(word in message for word in CONSEQUENCES)
 
 
 def silenced(rundir: RunDir, reason: str) -> str:

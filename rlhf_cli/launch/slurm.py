@@ -74,14 +74,22 @@ class Slurm:
         return known | ({"threads": cfg.hardware.threads or self.cpus_per_task} if self.cpus_per_task else {})
 
     def __call__(self, cfg: Any, freeze: Callable[[], RunDir]) -> int:
-        """Freeze the run, submit it, and return."""
+        """Freeze the run, submit it, and return. The run stays locked until its job is written down: two commands submit once."""
         _check_here()
         self._executor(cfg, Path("unnamed"))  # settings are refused before anything is written
         os.environ.setdefault("RLHF_ARGV", step.argv())
         rundir = freeze()
+        try:
+            job = self._submit(cfg, rundir)
+        finally:
+            rundir.release()  # the job claims it
+        print(f"rlhf: submitted job {job}; the run is {rundir.path}; follow it: rlhf logs {rundir.path} -f", flush=True)
+        return 0
+
+    def _submit(self, cfg: Any, rundir: RunDir) -> str:
+        """Hand a frozen run to the queue and note its job, which waits for the lock. Returns the job's id."""
         for old in rundir.errors():  # of an earlier try
             old.unlink()
-        rundir.release()  # the job claims it
         path = rundir.path.resolve()
         executor = self._executor(cfg, path)
         try:
@@ -90,8 +98,7 @@ class Slurm:
         except Exception as e:  # sbatch's own words, behind submitit's
             raise ConfigError(f"SLURM refused the job: {_words(e)}") from e
         rundir.write_json("job.json", {"job": job, "time": now()})
-        print(f"rlhf: submitted job {job}; the run is {rundir.path}; follow it: rlhf logs {rundir.path} -f", flush=True)
-        return 0
+        return job
 
     def script(self, cfg: Any) -> str:
         """The batch script, as it would be submitted; an unnamed run is called NAME."""

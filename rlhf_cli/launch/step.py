@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from omegaconf import OmegaConf
 
 from rlhf_cli.config import load_config
 from rlhf_cli.errors import ConfigError
-from rlhf_cli.hardware import resolve_hardware
+from rlhf_cli.hardware import free_port, resolve_hardware
 from rlhf_cli.launch import queue
 from rlhf_cli.launch.stop import Stop
 from rlhf_cli.record.output import logged
@@ -24,6 +25,8 @@ from rlhf_cli.record.rundir import RunDir, now
 
 PREEMPTED = 75
 FIRST_PORT, PORTS = 15_000, 15_000  # below the range that systems deal out
+STEP_APART = 101  # ports between two steps of one job, which may run side by side
+PATIENCE = 60.0  # seconds that the command which submitted a job gets to write that down
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Step:
 
     job: str  # the id that SLURM's commands take, 12 or 12_3
     number: int  # the same as a plain number
+    step: int  # of srun's calls in the job
     rank: int
     local_rank: int
     world: int
@@ -41,13 +45,14 @@ class Step:
     restarts: int  # how often the job was requeued
 
     def environment(self) -> dict[str, str]:
-        """What torch reads to find the other ranks; never ssh."""
+        """What torch reads to find the other ranks; never ssh. A lone rank takes any free port."""
+        port = FIRST_PORT + (self.number + STEP_APART * self.step) % PORTS if self.world > 1 else free_port()
         return {
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.world),
             "LOCAL_RANK": str(self.local_rank % self._visible()),
             "MASTER_ADDR": queue.hosts(self.nodelist)[0] if self.nodes > 1 else "127.0.0.1",
-            "MASTER_PORT": str(FIRST_PORT + self.number % PORTS),
+            "MASTER_PORT": str(port),
         }
 
     def _visible(self) -> int:
@@ -66,6 +71,7 @@ def here(env: Mapping[str, str] = os.environ) -> Step | None:
     return Step(
         job=f"{array}_{env['SLURM_ARRAY_TASK_ID']}" if array else env["SLURM_JOB_ID"],
         number=int(env["SLURM_JOB_ID"]),
+        step=int(env.get("SLURM_STEP_ID", "0")),
         rank=int(env["SLURM_PROCID"]),
         local_rank=int(env.get("SLURM_LOCALID", "0")),
         world=world,
@@ -100,6 +106,8 @@ def run(cfg: Any, step: Step, freeze: Callable[[], RunDir], stop: Stop, max_requ
     calm(cfg.hardware.threads)
     from rlhf_cli import worker
 
+    if step.rank == 0:
+        _refuse_taken(int(os.environ["MASTER_PORT"]))
     comm = worker.join(cfg)
     claimed, wrong = _attempt(freeze, step) if step.rank == 0 else (None, "")
     path, wrong = comm.broadcast((claimed and str(claimed.path), wrong))
@@ -139,8 +147,21 @@ def _attempt(freeze: Callable[[], RunDir], step: Step) -> tuple[RunDir | None, s
     return rundir, ""
 
 
+def _refuse_taken(port: int) -> None:
+    """The other ranks know no port but this one."""
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind(("", port))
+        except OSError as e:
+            raise ConfigError(
+                f"port {port} of {socket.gethostname()}, where the ranks of this job meet, is taken ({e.strerror}); "
+                "submit again: another job has another port"
+            ) from None
+
+
 def _frozen(cfg: Any, rundir: RunDir) -> RunDir:
-    rundir.claim()
+    rundir.claim(PATIENCE)
     rundir.save_config(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
     return rundir
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
-import sys
 from collections.abc import Callable
 from typing import Any
 
+from rlhf_cli.launch.child import die_with
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
-PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
 class Stop:
@@ -36,9 +35,4 @@ class Stop:
 
 def die_with_parent() -> None:
     """Have the kernel kill this process when its parent dies, however that happens (Linux only)."""
-    if sys.platform != "linux":
-        return
-    parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died in between
-        os._exit(1)
+    die_with(os.getppid(), signal.SIGKILL)

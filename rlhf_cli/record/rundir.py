@@ -20,6 +20,7 @@ from rlhf_cli.record.redact import redact
 
 Status = Literal["running", "finished", "failed", "preempted"]
 NAMED = ("experiment", "algo", "reward", "model")  # groups whose choices make a run's name
+MOMENT = 0.3  # seconds for which `writer()` elsewhere may hold a lock
 _OPEN: weakref.WeakSet[RunDir] = weakref.WeakSet()
 
 
@@ -108,10 +109,11 @@ class RunDir:
         status, job = self.status(), self.job()
         return str(status.get("status", "")) if not job or status.get("job") == job.get("job") else ""
 
-    def claim(self) -> str | None:
+    def claim(self, wait: float = MOMENT) -> str | None:
         """Become the one writer until `release()` or the end of this process, however it ends.
 
-        Returns a note where the file system has no locks. Raises ConfigError naming the writer that is there already.
+        `wait`: seconds that another writer gets to let go. Returns a note where the file system has no locks. Raises ConfigError
+        naming the writer that stays.
         """
         import fcntl
 
@@ -120,7 +122,7 @@ class RunDir:
             lock = (self.path / ".lock").open("a+", encoding="utf-8")
         except OSError as e:
             raise _cannot_write(self.path, e) from None
-        problem = _flock(lock, fcntl.LOCK_EX)
+        problem = _flock(lock, fcntl.LOCK_EX, wait)
         if problem == errno.EWOULDBLOCK:
             holder = _holder(lock)
             lock.close()
@@ -197,11 +199,11 @@ def _whoami() -> dict[str, Any]:
     return {"pid": os.getpid(), "host": socket.gethostname()} | ({"job": job} if job else {})
 
 
-def _flock(lock: TextIO, kind: int) -> int:
-    """Try to lock, for 0.3 s since `writer()` elsewhere may hold it for a moment. Returns 0 or the errno."""
+def _flock(lock: TextIO, kind: int, wait: float = MOMENT) -> int:
+    """Try to lock, for `wait` seconds. Returns 0 or the errno."""
     import fcntl
 
-    for _ in range(4):
+    for _ in range(round(10 * wait) + 1):
         try:
             fcntl.flock(lock, kind | fcntl.LOCK_NB)
             return 0

@@ -10,7 +10,7 @@ from pathlib import Path
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.launch import queue
 from rlhf_cli.record.rundir import RunDir
-from rlhf_cli.report.runs import ENDED, batch_lines, state
+from rlhf_cli.report.runs import ENDED, batch, batch_lines, state
 
 POLL = 0.5  # seconds between looks at the file
 ASK = 5.0  # seconds between looks at the run's state
@@ -30,7 +30,7 @@ def show(rundir: RunDir, rank: int, follow: bool) -> None:
     if follow:
         status, note = _follow(rundir, rank, at)
     if status in ("failed", "lost"):
-        for line in batch_lines(rundir) if _log(rundir, rank) != _batch(rundir) else []:
+        for line in batch_lines(rundir) if _log(rundir, rank) != batch(rundir) else []:
             print(line, flush=True)
     if status != "running" or not at:
         print(f"rlhf: {rundir.path}: {status}{f': {note}' if note else ''}", file=sys.stderr, flush=True)
@@ -59,8 +59,10 @@ def _follow(rundir: RunDir, rank: int, at: int) -> tuple[str, str]:
         at = _pour(path, at)
         if status in ENDED:
             time.sleep(4 * POLL)  # the summary is printed after the status is written
-            _pour(path, at)
-            return status, note
+            at = _pour(path, at)
+            status, note = now(rundir)  # what the others wrote meanwhile, and srun
+            if status in ENDED:
+                return status, note
         time.sleep(POLL)
 
 
@@ -69,11 +71,7 @@ def _log(rundir: RunDir, rank: int) -> Path:
     own = rundir.logs / f"rank-{rank}.log"
     if own.exists() or rank:
         return own
-    return _batch(rundir) if rundir.job() else rundir.logs / "notes.log"
-
-
-def _batch(rundir: RunDir) -> Path:
-    return rundir.logs / "slurm" / f"{rundir.job().get('job')}_0_log.out"
+    return batch(rundir) if rundir.job() else rundir.logs / "notes.log"
 
 
 def _pour(path: Path, at: int) -> int:

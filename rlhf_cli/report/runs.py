@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import sys
 import time
@@ -16,13 +17,17 @@ from typing import Any
 
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.launch import queue
-from rlhf_cli.launch.ranks import first_failure
+from rlhf_cli.launch.rank import obituary
+from rlhf_cli.launch.ranks import first_failure, follows
 from rlhf_cli.record.progress import Pace, duration, number
 from rlhf_cli.record.rundir import RunDir
 
 ENDED = ("finished", "failed", "cancelled", "preempted", "dead", "lost", "not started")
 FRESH = 60.0  # seconds: a rank's heartbeat is written every 10
 TAIL = 1 << 16  # bytes of metrics.jsonl that are read
+RAISED = re.compile(r"rlhf: error: |[\w.]+(?:Error|Exception): ")
+STARTED = re.compile(r"submitit INFO .* Starting with JobEnvironment")
+TASK_ENDED = re.compile(r"srun: error: \S+: tasks? (?P<rank>\d+)[\d,-]*: (?P<how>.+)")
 EVERY = 5.0  # seconds between two looks at the queue: it is shared by everyone
 SPARE = ("left", "age", "job", "reward", "step")  # columns that a narrow terminal does without, first to go first
 
@@ -132,11 +137,11 @@ def _of_job(
     found = jobs.get(str(job["job"]))
     if found and found.waiting:
         return ("requeued" if said else "queued"), found.reason
+    if said in ("finished", "failed"):  # the job may need a while to end
+        return said, "" if said == "finished" else first_error(rundir) or str(rundir.status().get("reason", ""))
     if found and found.active and not job.get("cancelled"):
-        ending = said in ("finished", "failed", "running") or found.state == "COMPLETING"
+        ending = said == "running" or found.state == "COMPLETING"
         return (("stopping" if said == "preempted" else said or "starting") if ending else "starting"), ""
-    if said in ("finished", "failed"):
-        return said, first_error(rundir) or str(rundir.status().get("reason", ""))
     if job.get("cancelled") or (found and found.state == "CANCELLED"):
         return ("cancelling", "") if found and found.active else ("cancelled", again)
     return _gone(rundir, said, found, again)
@@ -146,7 +151,7 @@ def _gone(rundir: RunDir, said: str, found: queue.Job | None, again: str) -> tup
     """A job that left the queue, and its run did not say why."""
     wrong = first_error(rundir)
     if wrong or (found and found.state == "FAILED" and not said):
-        return "failed", wrong or next(reversed(batch_lines(rundir)), f"the job failed; rlhf logs {rundir.path}")
+        return "failed", wrong or _last_word(rundir) or f"the job failed; rlhf logs {rundir.path}"
     if said == "preempted":
         return "preempted", again
     ended = f"its job ended as {found.state.lower()}; " if found else "its job is gone; "
@@ -156,16 +161,44 @@ def _gone(rundir: RunDir, said: str, found: queue.Job | None, again: str) -> tup
 def first_error(rundir: RunDir) -> str:
     """What ended the rank that failed first, in one line; the others' errors follow from it."""
     first = first_failure(rundir.errors())
+    if first is None or follows(f"{first[1]}: {first[2]}"):  # a rank that was killed could not write down why
+        died = _died(rundir)
+        if died:
+            return died
     return "rank {}: {}: {}".format(*first) if first else ""
+
+
+def _died(rundir: RunDir) -> str:
+    """The rank of a job's last try that ended first, if a signal that SLURM did not send ended it, by srun's word."""
+    lines = _lines(batch(rundir))
+    lines = lines[max((i for i, line in enumerate(lines) if STARTED.match(line)), default=0) :]
+    first = next((m for line in lines if (m := TASK_ENDED.match(line))), None)
+    if first is None or first["how"].startswith("Exited") or any(" DUE TO " in line for line in lines):
+        return ""
+    known = {"Killed": obituary(signal.SIGKILL), "Out Of Memory": "was killed: out of memory; raise launcher.memory"}
+    return f"rank {first['rank']} {known.get(first['how'], 'was killed ({how})'.format(**first.groupdict()))}"
+
+
+def _last_word(rundir: RunDir) -> str:
+    """Why a job ended before its ranks could say so: the last error in its output, else the last line that is not srun's."""
+    lines = batch_lines(rundir)
+    for fits in (RAISED.match, lambda line: not line.startswith(("srun: ", "slurmstepd")), lambda line: True):
+        found = [line for line in lines if fits(line)]
+        if found:
+            return found[-1].removeprefix("rlhf: error: ").removeprefix("rlhf_cli.errors.")
+    return ""
 
 
 def batch_lines(rundir: RunDir) -> list[str]:
     """What the batch script and srun themselves printed, without submitit's notes and what rank 0 also logged."""
-    job = str(rundir.job().get("job", ""))
-    path = rundir.logs / "slurm" / f"{job}_0_log.out"
-    lines, logged = (_lines(p) if job else [] for p in (path, rundir.logs / "rank-0.log"))
-    known = set(logged)
+    known = set(_lines(rundir.logs / "rank-0.log"))
+    lines = _lines(batch(rundir)) if rundir.job() else []
     return [line for line in lines if line.strip() and not line.startswith("submitit ") and line not in known]
+
+
+def batch(rundir: RunDir) -> Path:
+    """What the batch script and srun printed."""
+    return rundir.logs / "slurm" / f"{rundir.job().get('job')}_0_log.out"
 
 
 def _lines(path: Path) -> list[str]:

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, Protocol
 
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.hardware import free_port
+from rlhf_cli.rollout.vllm_guard import Guard
 
 # Variables of the learner's own process group; an engine that read them would join it.
 JOINED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -66,7 +67,9 @@ class Local:
     """
 
     def __init__(self, settings: Mapping[str, Any], environment: Mapping[str, str], log: Path) -> None:
-        with _outside(log), _environment({"VLLM_WORKER_MULTIPROC_METHOD": "spawn", **environment}):
+        self._guard = Guard()
+        own = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", **environment, **self._guard.environment}
+        with _outside(log), _environment(own):
             vllm: Any = importlib.import_module("vllm")
             try:
                 self.llm = vllm.LLM(**settings)
@@ -119,6 +122,9 @@ class Local:
         if self.llm is not None:
             self.llm.llm_engine.engine_core.shutdown()
             self.llm = None
+            self._guard.close(
+                kill=False
+            )  # multiprocessing's helper, which bears the mark too, goes on serving this process
 
 
 class Server:
@@ -132,7 +138,9 @@ class Server:
     """
 
     def __init__(self, url: str, settings: Mapping[str, Any], environment: Mapping[str, str], log: Path) -> None:
-        self._process = None if url else serve(port := free_port(), settings, environment, log)
+        self._guard = None if url else Guard()
+        marked = {**environment, **(self._guard.environment if self._guard else {})}
+        self._process = None if url else serve(port := free_port(), settings, marked, log)
         self.url = url.rstrip("/") or f"http://127.0.0.1:{port}"
         self.model = str(settings["model"]) if self._process else ""
         atexit.register(self.close)
@@ -221,6 +229,9 @@ class Server:
                 os.killpg(self._process.pid, signal.SIGKILL)
                 self._process.wait()
             self._process = None
+        if self._guard is not None:
+            self._guard.close(kill=True)
+            self._guard = None
 
 
 def serve(port: int, settings: Mapping[str, Any], environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:

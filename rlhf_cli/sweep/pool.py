@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -16,6 +14,7 @@ from typing import Any
 
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.hardware import visible_gpus
+from rlhf_cli.launch.child import bound
 
 TICK = 0.1  # seconds between looks at the processes
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -62,19 +61,11 @@ def spawn(argv: Sequence[str], log: Path, share: Share) -> subprocess.Popen[byte
 
     Its own session keeps the terminal's Ctrl-C away from it: this process passes the wish on, once.
     """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-    def prepare() -> None:
-        if libc is not None:
-            libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-        if share.cores:
-            os.sched_setaffinity(0, share.cores)
-
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as f:
         return subprocess.Popen(
-            list(argv), stdin=subprocess.DEVNULL, stdout=f, stderr=subprocess.STDOUT, env=share.environment(),
-            start_new_session=True, preexec_fn=prepare,
+            bound(argv, signal.SIGTERM, share.cores), stdin=subprocess.DEVNULL, stdout=f, stderr=subprocess.STDOUT,
+            env=share.environment(), start_new_session=True,
         )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from rlhf_cli.compose import compose
 from rlhf_cli.errors import ConfigError
+from rlhf_cli.launch import queue
 from rlhf_cli.record.rundir import RunDir, now
 from rlhf_cli.report.compare import compare, duration, text
 from rlhf_cli.report.numbers import RunFiles, shared_metric
@@ -223,21 +224,32 @@ def grid(opened: Sweep, listed: Sequence[Point]) -> None:
     listed = [replace(p, name=known.get(frozenset(p.overrides), p.name)) for p in listed]
     record.add(listed, [["rlhf", *opened.argv(p)] for p in listed])
     record.settle()
+    queued = _queued(record)
     again = ("waiting", "interrupted", *(("failed", "submitted") if opened.settings.retry else ()))
-    todo = [p for p in listed if record[p.name]["status"] in again]
+    todo = [p for p in listed if record[p.name]["status"] in again and p.name not in queued]
     side = f"; {len(opened.slots)} at a time" if len(opened.slots) > 1 else ""
     opened.board.say(f"rlhf: sweep {record.path}: {len(listed)} points{side}")
     for p in listed:
         if p not in todo:
             state = record[p.name]["status"]
-            opened.board.say(f"       {p.name} is {state}, skipped{_how.get(state, '')}")
-    queue = iter(todo)
+            opened.board.say(f"       {p.name} is {state}, skipped{queued.get(p.name, _how.get(state, ''))}")
+    left = iter(todo)
 
     def begin(share: Share) -> Running | None:
-        point = next(queue, None)
+        point = next(left, None)
         return None if point is None else opened.begin(point, share)
 
     work(begin, opened.end, opened.look, opened.slots, opened.wish)
+
+
+def _queued(record: Record) -> dict[str, str]:
+    """The points that were handed to a queue and are still in it, and what to say of each."""
+    jobs = {
+        name: str(record.rundir(name).job().get("job", ""))
+        for name in record.names("submitted", "failed", "interrupted")
+    }
+    found = queue.pending(job for job in jobs.values() if job)
+    return {name: f": job {job} is {found[job].state.lower()}" for name, job in jobs.items() if job in found}
 
 
 _how = {

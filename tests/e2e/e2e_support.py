@@ -39,7 +39,7 @@ def command(*argv: str) -> list[str]:
     return [sys.executable, "-m", "rlhf_cli.cli", *argv]
 
 
-def shell(*argv: str, timeout: float = 120, cwd: Path | None = None, **env: str) -> Done:
+def shell(*argv: str, timeout: float = 400, cwd: Path | None = None, **env: str) -> Done:
     """Run the command in its own process to its end."""
     done = subprocess.run(
         command(*argv), capture_output=True, text=True, timeout=timeout, cwd=cwd, env=environment(**env), check=False
@@ -58,7 +58,7 @@ def kill_tree(process: subprocess.Popen[bytes]) -> None:
     for pid in family:
         _signal(pid, signal.SIGKILL)
     process.wait()
-    until(lambda: not any(_alive(pid) for pid in family[1:]), process=None, limit=20)
+    until(lambda: not any(_alive(pid) for pid in family[1:]), process=None)
 
 
 def descendants(pid: int) -> list[int]:
@@ -83,7 +83,7 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def until(happened: Callable[[], bool], *, process: subprocess.Popen[bytes] | None, limit: float = 240) -> bool:
+def until(happened: Callable[[], bool], *, process: subprocess.Popen[bytes] | None, limit: float = 480) -> bool:
     """Wait for `happened`; False when the process ended before."""
     end = time.monotonic() + limit
     while not happened():
@@ -127,6 +127,15 @@ def python_reward(path: Path, body: str) -> str:
     """A user's reward file; `body` computes `values` from `responses`. Returns the override that chooses it."""
     path.write_text(f"import os, time\n\ndef score(responses):\n    {body}\n    return values\n", encoding="utf-8")
     return f"reward.python.path={path}:score"
+
+
+VALUES = "values = [sum(map(ord, r)) % 7 / 7 for r in responses]"
+
+
+def held(run: Path, hold: Path) -> str:
+    """The body of a reward that stands still after the first step of `run` while `hold` exists: a moment to be stopped in."""
+    begun = f"os.path.exists('{run}/metrics.jsonl') and os.path.getsize('{run}/metrics.jsonl')"
+    return f"while os.path.exists('{hold}') and {begun}: time.sleep(0.05)\n    {VALUES}"
 
 
 # ---- looking at runs ----

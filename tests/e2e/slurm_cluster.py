@@ -13,7 +13,8 @@ from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 SKIP = "slurm-wlm is not installed; apt-get install slurm-wlm munge"
-# cred_expire is also how long a requeued job waits. config_overrides: two ranks on a machine of one core.
+# cred_expire is also how long a requeued job waits. config_overrides: two ranks on a machine of one core. FirstJobId: test processes side by
+# side have a cluster each, and a job's port follows from its number.
 CONF = """\
 ClusterName=rlhf
 SlurmctldHost={host}(127.0.0.1)
@@ -36,7 +37,8 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 MpiDefault=none
 ReturnToService=2
-KillWait=30
+KillWait=120
+FirstJobId={first}
 MinJobAge=3600
 SlurmdParameters=config_overrides
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
@@ -65,7 +67,9 @@ def cluster(place: Path) -> Iterator[dict[str, str]]:
         (place / folder).mkdir()
     host = socket.gethostname().split(".")[0]
     conf = place / "slurm.conf"
-    conf.write_text(CONF.format(host=host, place=place, ctld=free_port(), slurmd=free_port()), encoding="utf-8")
+    first = 1 + 50 * os.getpid() % 15_000
+    made = CONF.format(host=host, place=place, ctld=free_port(), slurmd=free_port(), first=first)
+    conf.write_text(made, encoding="utf-8")
     key = place / "munge.key"
     key.write_bytes(os.urandom(1024))
     key.chmod(0o400)
@@ -82,14 +86,14 @@ def cluster(place: Path) -> Iterator[dict[str, str]]:
         yield environment
     finally:
         tell(["scancel", "--full", "--user=root"], environment)
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while tell(["squeue", "-h"], environment).strip() and time.monotonic() < end:
             time.sleep(0.2)
         for process in reversed(started):
             process.terminate()
         for process in started:
             try:
-                process.wait(10)
+                process.wait(60)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -107,7 +111,7 @@ def tell(command: list[str], environment: dict[str, str]) -> str:
     return done.stdout + done.stderr
 
 
-def until(happened: object, place: Path, limit: float = 60) -> None:
+def until(happened: object, place: Path, limit: float = 180) -> None:
     end = time.monotonic() + limit
     while not happened():  # type: ignore[operator]
         logs = {p.name: p.read_text(errors="replace")[-1500:] for p in place.glob("*.log")}

@@ -42,18 +42,16 @@ def nobody_is_left(run: Path) -> bool:
 
 def test_a_killed_rank_ends_one_that_waits_for_it_and_is_named(tmp_path: Path) -> None:
     run, log = tmp_path / "killed", tmp_path / "log"
-    sleeps = f"time.sleep(60 if {ON_RANK_1} else 0)"
+    sleeps = f"time.sleep(3000 if {ON_RANK_1} else 0)"
     process = e2e.begin(*words(tmp_path, "killed", sleeps, *TWO, "eval.prompts=2"), log=log)
     assert e2e.until(lambda: phase(run, 1) == phase(run, 0) == "evaluate", process=process), log.read_text()
-    began = time.monotonic()
     os.kill(rank_pid(run, 1), signal.SIGKILL)
-    assert process.wait(30) == 1
-    assert time.monotonic() - began < 15, "rank 0 waits in a collective; it has to be ended"
+    assert process.wait(120) == 1, "rank 0 waits in a collective; it has to be ended"
     said = f"rlhf: error: rank 1 was killed (SIGKILL); out of memory? see dmesg; go on with: rlhf resume {run}\n"
     assert log.read_text().endswith(said)
     state = e2e.status(run)
     assert (state["status"], state["reason"]) == ("failed", "rank 1 was killed (SIGKILL); out of memory? see dmesg")
-    assert e2e.until(lambda: nobody_is_left(run), process=None, limit=10)
+    assert e2e.until(lambda: nobody_is_left(run), process=None)
 
 
 def test_an_error_on_one_rank_is_the_one_that_is_shown(tmp_path: Path) -> None:
@@ -86,7 +84,7 @@ def test_ctrl_c_saves_and_a_second_one_stops_at_once(processes: int, tmp_path: P
     process = e2e.begin(*words(tmp_path, "c", "time.sleep(0.3)", *more, "steps=300"), log=log)
     assert e2e.until(lambda: len(e2e.jsonl(run / "metrics.jsonl")) >= 1, process=process), log.read_text()
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 75, log.read_text()
+    assert process.wait(180) == 75, log.read_text()
     text = log.read_text()
     assert "SIGINT: stopping after this step, with a checkpoint; Ctrl-C again stops at once" in text
     state = e2e.status(run)
@@ -100,9 +98,11 @@ def test_ctrl_c_saves_and_a_second_one_stops_at_once(processes: int, tmp_path: P
     process.send_signal(signal.SIGINT)
     time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    assert process.wait(20) in (75, 130), "130, or 75 when the step ended between the two"
+    assert process.wait(180) in (75, 130, -signal.SIGINT), (
+        "130, which is also what a shell says of -2; 75 when the step ended between the two"
+    )
     assert e2e.status(run)["status"] in ("preempted", "failed")
-    assert e2e.until(lambda: nobody_is_left(run), process=None, limit=10)
+    assert e2e.until(lambda: nobody_is_left(run), process=None)
 
 
 def test_ctrl_c_while_loading(tmp_path: Path) -> None:
@@ -111,14 +111,15 @@ def test_ctrl_c_while_loading(tmp_path: Path) -> None:
     assert e2e.until(lambda: (run / "plan.txt").exists(), process=process)
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 75, log.read_text()
+    assert process.wait(180) == 75, log.read_text()
     assert e2e.status(run)["status"] == "preempted" and e2e.status(run)["step"] == 0
     assert f"go on with: rlhf resume {run}" in log.read_text()
 
 
-def test_uneven_data_does_not_hang_zero_3(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", [2, 3])
+def test_uneven_data_does_not_hang(stage: int, tmp_path: Path) -> None:
     """One prompt on two ranks leaves one of them without rows; three held-out prompts do not divide by two."""
-    more = ("hardware.processes=2", "hardware.zero=3", "batch.prompts=1", "batch.samples=3", "eval.prompts=3")
+    more = ("hardware.processes=2", f"hardware.zero={stage}", "batch.prompts=1", "batch.samples=3", "eval.prompts=3")
     done = e2e.shell(*words(tmp_path, "uneven", "pass", *more, "gates.constant_steps=50"))
     assert done.code == 0, done.out + done.err
     assert [r["count/groups"] for r in e2e.jsonl(tmp_path / "uneven" / "metrics.jsonl")] == [1, 1]
@@ -138,7 +139,7 @@ def test_two_machines_without_a_scheduler(tmp_path: Path) -> None:
     assert e2e.until(lambda: "waiting for machine 0" in (tmp_path / "log1").read_text(), process=first)
     done = e2e.shell(*command, "hardware.node_rank=0")
     assert done.code == 0, done.out + done.err
-    assert first.wait(30) == 0, (tmp_path / "log1").read_text()
+    assert first.wait(180) == 0, (tmp_path / "log1").read_text()
     run = tmp_path / "nodes"
     assert e2e.status(run)["status"] == "finished"
     assert {p.name for p in (run / "logs").glob("rank-*.log")} == {"rank-0.log", "rank-1.log"}
@@ -155,9 +156,11 @@ def test_a_hostfile_starts_the_others_over_ssh_and_they_end_together(tmp_path: P
     hosts.write_text("127.0.0.1 slots=1  # here\nother slots=1\n")
     more = ["hardware.nodes=2", f"hardware.hostfile={hosts}", "hardware.processes=1"]
     path = f"{fake.parent}:{os.environ['PATH']}"
-    command = words(tmp_path, "ssh", f"assert not {ON_RANK_1}, 'no judge there'", *more)
+    command = words(tmp_path, "ssh", f"responses = responses[{ON_RANK_1} :]", *more)  # a number too few on rank 1
     done = e2e.shell(*command, PATH=path)
-    assert done.code == 3 and "rank 1: " in done.err and "no judge there" in done.err, done.out + done.err
+    assert done.code == 3 and done.err.startswith("rlhf: error: rank 1: ") and "values for" in done.err, (
+        done.out + done.err
+    )
     assert "to other" in (tmp_path / "ssh" / "logs" / "node-1.log").read_text()
-    assert "no judge there" in (tmp_path / "ssh" / "logs" / "rank-1.log").read_text(), "rank 1 ran on the other machine"
-    assert e2e.until(lambda: nobody_is_left(tmp_path / "ssh"), process=None, limit=10)
+    assert "values for" in (tmp_path / "ssh" / "logs" / "rank-1.log").read_text(), "rank 1 ran on the other machine"
+    assert e2e.until(lambda: nobody_is_left(tmp_path / "ssh"), process=None)

@@ -20,17 +20,20 @@ def points(sweep: Path) -> list[dict[str, Any]]:
 
 
 def test_an_interrupted_sweep_ends_like_one_that_was_not(tmp_path: Path) -> None:
-    words = ("train", "-m", "seed=1,2", *TINY, "reward=length", "steps=4", f"run.dir={tmp_path}")
-    whole = e2e.shell(*words, "sweep.name=whole")
+    cut, hold, log = tmp_path / "sweeps" / "cut", tmp_path / "hold", tmp_path / "log"
+    reward = ("reward=python", e2e.python_reward(tmp_path / "mine.py", e2e.held(cut / "seed=2", hold)))
+    words = ("train", "-m", "seed=1,2", *TINY, *reward, "steps=3", f"run.dir={tmp_path}")
+    whole = e2e.shell(*words, "sweep.name=whole", "sweep.parallel=2")
     assert whole.code == 0, whole.err
-    assert "2 points: 2 finished" in whole.out and "eval/reward" in whole.out
+    assert "2 points; 2 at a time" in whole.out and "2 points: 2 finished" in whole.out and "eval/reward" in whole.out
 
-    log = tmp_path / "log"
+    hold.touch()
     process = e2e.begin(*words, "sweep.name=cut", log=log)
-    cut = tmp_path / "sweeps" / "cut"
     assert e2e.until(lambda: len(e2e.jsonl(cut / "seed=2" / "metrics.jsonl")) >= 1, process=process), log.read_text()
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 75, log.read_text()
+    assert e2e.until(lambda: "stopping after this step" in e2e.notes(cut / "seed=2"), process=process), log.read_text()
+    hold.unlink()
+    assert process.wait(240) == 75, log.read_text()
     assert [p["status"] for p in points(cut)] == ["finished", "interrupted"], log.read_text()
     done = (cut / "seed=1" / "status.json").read_text()
 

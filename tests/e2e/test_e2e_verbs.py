@@ -153,7 +153,7 @@ def test_one_failing_rank_stops_the_other(error: str, code: int, tmp_path: Path)
         f"run.dir={tmp_path}",
         "run.name=r",
     )
-    done = e2e.shell("train", *TINY, *words, timeout=60)
+    done = e2e.shell("train", *TINY, *words)
     assert done.code == code, done.out + done.err
     assert done.err.startswith("rlhf: error: ") and done.err.count("\n") == 1, done.err
     if code == 3:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
 from rlhf_cli.compose import compose
@@ -38,8 +40,22 @@ def test_rendezvous_is_the_first_host_and_a_port_of_the_job(monkeypatch: pytest.
         "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "gpu03", "MASTER_PORT": str(15_000 + 7),
     }  # fmt: skip
     assert asked == ["gpu[03-04]"]
+    beside = step.here(TASK | {"SLURM_STEP_ID": "2"})  # srun ... & srun ... & wait
+    assert beside is not None and beside.environment()["MASTER_PORT"] == str(15_000 + 7 + 2 * 101)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # --gpus-per-task=1: a task sees its own only
     assert found.environment()["LOCAL_RANK"] == "0"
+
+
+def test_a_taken_port_is_refused_in_one_line() -> None:
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(
+            ConfigError, match=r"port \d+ of .*, where the ranks of this job meet, is taken .*submit again"
+        ):
+            step._refuse_taken(port)
+    step._refuse_taken(port)
 
 
 def test_hardware_is_what_srun_started(monkeypatch: pytest.MonkeyPatch) -> None:

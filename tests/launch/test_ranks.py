@@ -109,7 +109,7 @@ def kept(run: RunDir):
 def test_a_keeper_tells_of_a_killed_rank(kept, run: RunDir) -> None:
     keeper, worker = kept
     os.kill(worker, signal.SIGKILL)
-    assert keeper.wait(10) == 128 + signal.SIGKILL
+    assert keeper.wait(60) == 128 + signal.SIGKILL
     assert run.error(1).read_text() == "Killed: was killed (SIGKILL); out of memory? see dmesg\n"
 
 
@@ -124,7 +124,7 @@ def test_a_keeper_that_is_told_to_end_kills_its_rank_and_blames_nobody(kept, run
     assert psutil.pid_exists(worker) and keeper.poll() is None
     run.error(0).write_text("ValueError: first\n")
     keeper.send_signal(signal.SIGTERM)
-    assert keeper.wait(10) == 128 + signal.SIGKILL
+    assert keeper.wait(60) == 128 + signal.SIGKILL
     assert not run.error(1).exists() and not psutil.pid_exists(worker)
 
 
@@ -132,5 +132,5 @@ def test_a_rank_dies_with_its_keeper(kept) -> None:
     keeper, worker = kept
     keeper.kill()
     keeper.wait()
-    psutil.wait_procs([psutil.Process(worker)] if psutil.pid_exists(worker) else [], timeout=10)
+    psutil.wait_procs([psutil.Process(worker)] if psutil.pid_exists(worker) else [], timeout=60)
     assert not psutil.pid_exists(worker) or psutil.Process(worker).status() == psutil.STATUS_ZOMBIE

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -51,6 +52,15 @@ def test_second_writer_is_named_and_refused_until_the_first_is_killed(tmp_path: 
     assert run.claim() is None
     run.release()
     assert run.writer() is None
+
+
+def test_a_writer_that_is_about_to_go_is_waited_for(tmp_path: Path) -> None:
+    first, second = RunDir(tmp_path / "a").create(), RunDir(tmp_path / "a")
+    first.claim()
+    with pytest.raises(ConfigError, match="is being written by"):
+        second.claim()
+    threading.Timer(0.5, first.release).start()
+    assert second.claim(60) is None
 
 
 def test_a_forked_child_does_not_keep_a_dead_run_locked(tmp_path: Path) -> None:

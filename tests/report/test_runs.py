@@ -45,6 +45,8 @@ CASES = {
     "stopping": ("preempted", OWN, {}, Job("COMPLETING"), "stopping", ""),
     "finished": ("finished", OWN, {}, None, "finished", ""),
     "failed": ("failed", OWN, {"reason": "boom"}, Job("FAILED"), "failed", "boom"),
+    "failed and ends": ("failed", OWN, {"reason": "boom"}, Job("COMPLETING"), "failed", "boom"),
+    "failed, job goes on": ("failed", OWN, {"reason": "boom"}, Job("RUNNING"), "failed", "boom"),
     "cancelled": ("preempted", OWN, {"cancelled": LATER}, Job("CANCELLED"), "cancelled", AGAIN),
     "scancelled": ("running", OWN, {}, Job("CANCELLED"), "cancelled", AGAIN),
     "cancelled while waiting": ("", OWN, {"cancelled": LATER}, None, "cancelled", AGAIN),
@@ -72,6 +74,53 @@ def test_a_failed_job_shows_its_first_rank_or_its_batch_script(tmp_path: Path) -
         (run.logs / f"rank-{rank}.error").write_text(f"Traceback\n{kind}\n")
         os.utime(run.logs / f"rank-{rank}.error", (100 - rank, 100 - rank))
     assert runs.state(run, {}) == ("failed", "rank 1: GateError: no")
+
+
+JOB_LOG = """\
+submitit INFO (2026-11-23 11:00:00,000) - Starting with JobEnvironment(job_id=12, hostname=a)
+{}
+slurmstepd-a: error: *** STEP 12.0 ON a CANCELLED AT 2026-11-23T11:00:09{} ***
+srun: error: a: task 0: Terminated
+srun: Force Terminated StepId=12.0
+"""
+KILLED = "srun: error: a: task 1: Killed"
+
+
+@pytest.mark.parametrize(
+    ("line", "why", "said"),
+    [
+        (KILLED, "", "rank 1 was killed (SIGKILL); out of memory? see dmesg"),
+        ("srun: error: a: tasks 2-3: Out Of Memory", "", "rank 2 was killed: out of memory; raise launcher.memory"),
+        (
+            "srun: error: a: task 1: Segmentation fault (core dumped)",
+            "",
+            "rank 1 was killed (Segmentation fault (core dumped))",
+        ),
+        (
+            f"srun: error: a: task 0: Exited with exit code 1\n{KILLED}",
+            "",
+            "rank 0: RuntimeError: Connection closed by peer",
+        ),
+        (KILLED, " DUE TO TIME LIMIT", "rank 0: RuntimeError: Connection closed by peer"),
+    ],
+)
+def test_a_rank_that_a_signal_ended_is_named_by_srun(line: str, why: str, said: str, tmp_path: Path) -> None:
+    run = made(tmp_path / "a", said="failed", job={})
+    (run.logs / "slurm").mkdir()
+    before = JOB_LOG.format("srun: error: a: task 7: Killed", "")  # another try of the same job
+    runs.batch(run).write_text(before + JOB_LOG.format(line, why))
+    run.error(0).write_text("Traceback\nRuntimeError: Connection closed by peer\n")
+    assert runs.state(run, {"12": Job("FAILED")}) == ("failed", said)
+    run.error(0).write_text("Traceback\nValueError: a cause of its own\n")
+    assert runs.state(run, {"12": Job("FAILED")}) == ("failed", "rank 0: ValueError: a cause of its own")
+
+
+def test_a_job_that_failed_before_its_ranks_could_speak_shows_its_last_error(tmp_path: Path) -> None:
+    run = made(tmp_path / "a", job={})
+    (run.logs / "slurm").mkdir()
+    told = "Traceback (most recent call last):\n  x\nrlhf_cli.errors.ConfigError: port 15001 of a is taken"
+    runs.batch(run).write_text(JOB_LOG.format(f"{told}\nsrun: error: a: task 0: Exited with exit code 1", ""))
+    assert runs.state(run, {"12": Job("FAILED")}) == ("failed", "ConfigError: port 15001 of a is taken")
 
 
 def test_a_queue_that_cannot_be_asked(tmp_path: Path) -> None:
@@ -165,7 +214,7 @@ def test_cancel_asks_the_writer_on_this_machine_to_stop(tmp_path: Path, capsys: 
     with subprocess.Popen([sys.executable, "-c", code, str(run.path)], stdout=subprocess.PIPE) as writer:
         assert writer.stdout is not None and writer.stdout.readline()
         assert cli.main(["cancel", str(run.path)]) == 0
-        assert writer.wait(10) == -signal.SIGTERM
+        assert writer.wait(60) == -signal.SIGTERM
     assert capsys.readouterr().out.startswith(f"rlhf: asked process {writer.pid} to stop after its step")
 
 
@@ -188,7 +237,7 @@ def test_watch_refreshes_in_place_and_ends_with_the_table(tmp_path: Path) -> Non
                 rest += part
         except OSError:  # the other end is closed
             pass
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
     left, _, after = rest.partition(b"\x1b[?1049l")
     assert b"finished" in after and b"Traceback" not in left + after
 

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -279,3 +280,35 @@ def test_a_run_trains_with_lora_and_resumes_where_it_was(folder: Path, tmp_path:
     (again / "status.json").write_text(json.dumps(status | {"status": "failed"}))
     assert "2 of 3 steps done" in rlhf("resume", str(again))
     assert rows(again) == made
+
+
+ENGINE = """
+import sys
+from pathlib import Path
+from rlhf_cli.rollout.vllm_engine import Local, Server
+settings = {"model": sys.argv[2], "dtype": "float32", "max_model_len": 64, "enforce_eager": True}
+room = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
+log = Path(sys.argv[3])
+engine = Local(settings, room, log) if sys.argv[1] == "inprocess" else Server("", settings, room, log)
+print(engine._guard.mark, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("mode", ["inprocess", "server"])
+def test_nothing_of_an_engine_outlives_a_killed_learner(mode: str, folder: Path, tmp_path: Path) -> None:
+    from rlhf_cli.rollout.vllm_guard import marked
+
+    words = [sys.executable, "-c", ENGINE, mode, str(folder), str(tmp_path / "log")]
+    learner = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert learner.stdout is not None
+    mark = learner.stdout.readline().strip()
+    assert mark, (tmp_path / "log").read_text()
+    titles = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in marked(mark)]
+    assert any(b"Engine" in t for t in titles), titles
+    learner.kill()
+    learner.wait()
+    end = time.monotonic() + 60
+    while marked(mark) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert marked(mark) == []
