@@ -48,7 +48,10 @@ def scorers(cfg: Any, plan: Plan, have: set[str]) -> None:
             raise ConfigError(
                 f"reward={name} compares the answers to linked prompts, and this dataset links none; type dataset.columns.link=COLUMN"
             )
-        empty = next((n for n in PATHS if n in sig.params and not node.get(n)), "")
+        empty = next(
+            (n for n in (*PATHS, *str(sig.flags.get("required", "")).split()) if n in sig.params and not node.get(n)),
+            "",
+        )
         if empty:
             raise ConfigError(_named(cfg, one, empty, str(sig.flags.get("path_is", "FILE"))))
         brought = str(sig.flags.get("columns", "")).split()  # beside its value

@@ -23,6 +23,7 @@ from rlhf_cli.rewards.nodes import RESERVED, RULE_RESERVED
 OPTIONS = [(group, name) for group, found in catalog.groups().items() for name in found]
 SHAPE_FITS = {"prompts": "grpo", "pairs": "dpo", "rankings": "dpo", "demonstrations": "sft"}
 NEEDS_PATH = {
+    "rlhf_cli.rewards.http.Http",
     "rlhf_cli.rewards.model.Model",
     "rlhf_cli.rewards.python.Python",
     "rlhf_cli.rewards.perplexity.Perplexity",
@@ -34,6 +35,7 @@ REQUIRED = {
     **dict.fromkeys(JUDGED, "judge.backend=rule"),
     "co_reward": "dataset=rephrased",
     "model": "reward.model.path=RUN",
+    "http": "reward.http.url=http://127.0.0.1:8000/score",
     "ensemble": "reward.ensemble.path=[RUN,OTHER]",
     "attributes": "reward.attributes.path=FOLDER",
     "implicit": "+debug.stand_ins=true",
