@@ -40,18 +40,9 @@ def scorers(cfg: Any, plan: Plan, have: set[str]) -> None:
     for one in reward_nodes(cfg):
         name, key, node = one
         sig = check_node(node, key, allow=cfg.allow_targets, reserved=RESERVED)[0]
-        if sig.flags.get("needs_references") and "references" not in gives(cfg.dataset):
-            raise ConfigError(
-                f"reward={name} compares with references, and this dataset maps none; type dataset.columns.references=COLUMN, or another reward"
-            )
-        if sig.flags.get("needs_links") and "link" not in gives(cfg.dataset):
-            raise ConfigError(
-                f"reward={name} compares the answers to linked prompts, and this dataset links none; type dataset.columns.link=COLUMN"
-            )
-        empty = next(
-            (n for n in (*PATHS, *str(sig.flags.get("required", "")).split()) if n in sig.params and not node.get(n)),
-            "",
-        )
+        _fits(cfg, name, sig)
+        needed = (*PATHS, *str(sig.flags.get("required", "")).split())
+        empty = next((n for n in needed if n in sig.params and not node.get(n)), "")
         if empty:
             raise ConfigError(_named(cfg, one, empty, str(sig.flags.get("path_is", "FILE"))))
         brought = str(sig.flags.get("columns", "")).split()  # beside its value
@@ -71,6 +62,23 @@ def scorers(cfg: Any, plan: Plan, have: set[str]) -> None:
         if sig.flags.get("loads_model"):
             plan.models[f"reward.{name}"] = f"scores responses ({node['path']})"
     _combination(cfg, plan)
+
+
+def _fits(cfg: Any, name: str, sig: Signature) -> None:
+    """Refuse a reward that the records, or the way a step is drawn, cannot serve."""
+    if sig.flags.get("needs_references") and "references" not in gives(cfg.dataset):
+        raise ConfigError(
+            f"reward={name} compares with references, and this dataset maps none; type dataset.columns.references=COLUMN, or another reward"
+        )
+    if sig.flags.get("needs_links") and "link" not in gives(cfg.dataset):
+        raise ConfigError(
+            f"reward={name} compares the answers to linked prompts, and this dataset links none; type dataset.columns.link=COLUMN"
+        )
+    if sig.flags.get("counts_steps") and cfg.batch.resample > 1:
+        raise ConfigError(
+            f"reward={name} changes every so many scored rollouts, and batch.resample={cfg.batch.resample} scores several in one step; "
+            "type batch.resample=1"
+        )
 
 
 def _named(cfg: Any, one: Node, setting: str, kind: str) -> str:

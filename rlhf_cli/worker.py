@@ -66,6 +66,8 @@ class Session:
         cfg = self.cfg
         with self.record.phase("load"):
             self.run, self.parts = make_run(cfg, self.comm, self.record, self.rundir.path)
+            if hasattr(self.parts.sampler, "note"):
+                self.parts.sampler.note = self.record.note
             at = self._resume()
         if self._asked() or not self._prepare(at):
             return "preempted"

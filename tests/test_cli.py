@@ -380,7 +380,11 @@ def test_completes_verbs_groups_options_and_keys(mine: Path, tmp_path: Path, mon
     assert words("rlhf tr") == ["train"]
     assert words("rlhf train al") == ["algo=", "allow_targets="]
     assert words("rlhf train algo=gr") == ["algo=grpo"]
-    assert words("rlhf train reward=[bleu,le") == ["reward=[bleu,length", "reward=[bleu,levels"]
+    assert words("rlhf train reward=[bleu,le") == [
+        "reward=[bleu,length",
+        "reward=[bleu,levels",
+        "reward=[bleu,levels_knights",
+    ]
     assert words("rlhf train optim.w") == ["optim.warmup=", "optim.weight_decay="]
     assert words("rlhf train opt") == ["optim."]
     assert words("rlhf train model.lora.") == [f"model.lora.{k}=" for k in ("alpha", "merge_export", "r", "targets")]

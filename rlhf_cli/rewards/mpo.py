@@ -72,6 +72,7 @@ class Mpo(Asking):
     """
 
     asks_judge = True
+    counts_steps = True
 
     def __init__(
         self, *, rubric: str, low: int, high: int, interval: int, cases: int, normalize: Literal["none", "by_max"]

@@ -93,6 +93,7 @@ class Sampler:
         self.device = torch.device(device)
         self.eos = eos_ids(model, tokenizer)
         self.written_out: bool | None = None  # whether `Decoder` gives what the model gives; None: not known yet
+        self.note: Callable[[str], None] = _silent  # hears what a user should know
         self.mask: Mask | None = None  # of what is drawn; the best token of all (temperature 0) needs none
 
     @torch.no_grad()
@@ -230,6 +231,9 @@ class Sampler:
             self.written_out = agree(logits, expected)
             if not self.written_out:
                 batch.decoder = None
+                self.note(
+                    "sampler: the written-out decoding step differs from the model's own forward; the model's own is used"
+                )
                 own()  # and what the other stored too
                 return expected
             return logits
@@ -258,6 +262,10 @@ class Sampler:
         before = self.tokenizer.decode(tail[:-1], skip_special_tokens=False).rstrip("\ufffd")
         text = self.tokenizer.decode(tail, skip_special_tokens=False)
         return any(s in text[max(0, len(before) - len(s) + 1) :] for s in decoding.stop)
+
+
+def _silent(_: str) -> None:
+    pass
 
 
 def eos_ids(model: Any, tokenizer: Any) -> list[int]:

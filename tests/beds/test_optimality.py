@@ -13,8 +13,15 @@ from optimality_envs import MEMORYLESS, TWO_TOKENS, Env, distance, optimum
 
 ROOT = Path(__file__).parents[2]
 CASES = [(row, env) for row in rows() for env in row.envs]
+LONG = ("trpa", "copg")  # they compare all pairs of responses: half a minute each
 each_case = pytest.mark.parametrize(
-    ("row", "env"), CASES, ids=[f"{r.name}-{e.name}".replace(" ", "-") for r, e in CASES]
+    ("row", "env"),
+    [
+        pytest.param(
+            r, e, id=f"{r.name}-{e.name}".replace(" ", "-"), marks=[pytest.mark.slow] if r.name.startswith(LONG) else []
+        )
+        for r, e in CASES
+    ],
 )
 
 

@@ -214,7 +214,8 @@ def test_options(path):
             load(cfg, "train")
         cfg.path = "some.jsonl"
     expected = {"pairs": "pairs", "rankings": "pairs", "thumbs": "label"}.get(cfg.shape, "references")
-    assert expected in gives(cfg) or path.stem == "profiles"  # what a dialogue is measured by stands in its meta
+    # What a dialogue, or a verdict on others' responses, is measured by stands in its meta.
+    assert expected in gives(cfg) or path.stem in ("profiles", "ranked_lists", "scored_pairs", "thought_pairs")
 
 
 def test_light_import():

@@ -10,12 +10,14 @@ import pytest
 import torch
 from test_rewards import Fake, reply, shown
 
+from rlhf_cli.compose import compose
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.judges.ask import Ask, Reply, Sampling
 from rlhf_cli.judges.cache import Cache
 from rlhf_cli.judges.judge import Judge
 from rlhf_cli.judges.rule import Rule
 from rlhf_cli.judges.strict import Unreadable
+from rlhf_cli.plan import validate
 from rlhf_cli.rewards.mpo import COUNT, Mpo, parse_rubric
 from rlhf_cli.types import Sample
 
@@ -137,3 +139,9 @@ def test_sums_by_the_largest_sum_and_unreadable_grades() -> None:
     lost = mpo(Fake(lambda ask: reply(item_1={"rationale": "", "score": 9})))
     scores = lost([Sample("p", "r")], torch.zeros(1, dtype=torch.int64))
     assert scores.reasons == {0: "the judge's score of item_1 9 is not from 0 to 5"}
+
+
+def test_a_rubric_never_changes_within_a_step() -> None:
+    settings = ["reward=mpo", "judge.backend=rule", "select=drop_zero_variance", "batch.resample=3"]
+    with pytest.raises(ConfigError, match=r"^reward=mpo changes every so many scored rollouts, and batch\.resample=3"):
+        validate(compose("train", settings, None))

@@ -254,10 +254,13 @@ def test_every_option_is_keyed_by_its_name_and_checks(name):
     from omegaconf import OmegaConf
 
     from rlhf_cli.config import check_node
+    from rlhf_cli.rewards.nodes import RESERVED, reward_nodes
 
-    node = OmegaConf.load(CONF / f"{name}.yaml")
-    assert list(node) == [name] and node[name].weight == (0.0 if name == "hidden_answer" else 1.0)  # logged only
-    sig, _ = check_node(node[name], f"reward.{name}", reserved=("weight",))
+    chosen = OmegaConf.load(CONF / f"{name}.yaml")
+    weights = {"hidden_answer": 0.0, "clause_distance": 0.0, "oni": 0.4, "extrinsic_bleu": 0.1}  # 0: logged only
+    assert list(chosen) == [name] and chosen[name].weight == weights.get(name, 1.0)
+    node = reward_nodes(OmegaConf.create({"reward": chosen}))[0]
+    sig, _ = check_node(node.settings, node.key, reserved=RESERVED)
     assert all(p.doc for p in sig.params.values()), {k: p.doc for k, p in sig.params.items()}
     needing = {
         "bleu",
@@ -274,6 +277,11 @@ def test_every_option_is_keyed_by_its_name_and_checks(name):
         "hidden_answer",
         "judge_anchor",
         "levels",
+        "levels_knights",
+        "ter",
+        "extrinsic_bleu",
+        "by_category",
+        "clause_distance",
     }
     assert bool(sig.flags.get("needs_references")) == (name in needing)
     text = (CONF / f"{name}.yaml").read_text()

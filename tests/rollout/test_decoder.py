@@ -35,9 +35,13 @@ def test_a_model_that_only_looks_alike_decodes_by_its_own_forward(monkeypatch: p
     expected = sampler(llama())
     expected.written_out = False
     monkeypatch.setattr(decoder, "_turned", lambda x, cos, sin: x)  # as if the model placed its tokens otherwise
-    s = sampler(llama())
+    s, said = sampler(llama()), []
+    s.note = said.append
     found, own = (x.sample(PROMPTS, 2, seeds(8)) for x in (s, expected))
     assert s.written_out is False
+    assert said == [
+        "sampler: the written-out decoding step differs from the model's own forward; the model's own is used"
+    ]
     assert found.ids == own.ids and torch.equal(found.logp, own.logp)  # nothing of the other step is left in the cache
 
 

@@ -95,6 +95,7 @@ def test_win_rates_at_one_kl(name: str) -> None:
         assert b * math.exp(10) == pytest.approx(8516, rel=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("worst", "wanted"), [(False, (0.6599, 0.8169, 0.6267)), (True, (0.6755, 0.6297, 0.8840))])
 def test_the_fixed_point_wins_its_own_column(worst: bool, wanted: tuple[float, ...]) -> None:
     points = 801

@@ -31,7 +31,7 @@ def test_points_come_in_the_order_typed_with_the_last_key_fastest() -> None:
         ("seed=choice(5,2)", ["seed=5", "seed=2"]),
         ("seed=sort(5,2)", ["seed=2", "seed=5"]),
         ("rollout.temperature=range(0.5,1.1,0.25)", [f"rollout.temperature={t}" for t in (0.5, 0.75, 1.0)]),
-        ("algo=glob(*o,exclude=[dpo,grpo,dr_grpo])", ["algo=ppo", "algo=rloo"]),
+        ("algo=glob(*po,exclude=[d*,g*])", ["algo=cispo", "algo=ppo"]),
         ("reward=bleu,[bleu,length]", ["reward=bleu", "reward=bleu+length"]),
         ("dataset.system='a b',c", ["dataset.system=_a_b", "dataset.system=c"]),
         ("+reward.bleu.weight=1,2", ["reward.bleu.weight=1", "reward.bleu.weight=2"]),
