@@ -41,7 +41,8 @@ def scorers(cfg: Any, plan: Plan, have: set[str]) -> None:
         name, key, node = one
         sig = check_node(node, key, allow=cfg.allow_targets, reserved=RESERVED)[0]
         _fits(cfg, name, sig)
-        empty = next((n for n in PATHS if n in sig.params and not node.get(n)), "")
+        needed = (*PATHS, *str(sig.flags.get("required", "")).split())
+        empty = next((n for n in needed if n in sig.params and not node.get(n)), "")
         if empty:
             raise ConfigError(_named(cfg, one, empty, str(sig.flags.get("path_is", "FILE"))))
         brought = str(sig.flags.get("columns", "")).split()  # beside its value

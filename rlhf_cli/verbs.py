@@ -57,6 +57,7 @@ def evaluate(cfg: Any) -> int:
     for name, model_cfg in _models(cfg).items():
         sampler = _sampler(cfg, model_cfg, device)
         player = wiring.make_player(cfg, environment, sampler)
+        wiring.attended(scorer, sampler, cfg)
         encoded = wiring.encode(records, sampler.tokenizer, cfg, environment)
         for how, k, temperature in (("greedy", 1, 0.0), ("sampled", cfg.eval.samples, cfg.rollout.temperature)):
             if k:

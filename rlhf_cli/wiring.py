@@ -28,6 +28,7 @@ from rlhf_cli.plan import HEADS, Plan, learner_sections, validate
 from rlhf_cli.prepass import Prepass, make_prepass
 from rlhf_cli.rewards.direction import written
 from rlhf_cli.rewards.make import make_scorer
+from rlhf_cli.rewards.self_judge import attended
 from rlhf_cli.rewards.stage import make_scoring
 from rlhf_cli.rollout.backends import backend
 from rlhf_cli.rollout.sampler import Sampler
@@ -124,7 +125,7 @@ def make_run(cfg: Any, comm: Comm, record: Any, folder: Path | None = None) -> t
     for name, (_, part) in (scorer.scorers if scorer is not None else {}).items():
         build.keep(f"reward.{name}", part)
     state = {"source": source, "constant_reward": checks.constant, **build.state, **followers}
-    eval_scorer = scorer if sampled else make_scorer(cfg) if scorable else None
+    eval_scorer = attended(scorer if sampled else make_scorer(cfg) if scorable else None, sampler, cfg)
     probe = partial(probe_rows, encoded=encoded[:2], records=train[:2])
     return run, Parts(
         plan=plan,

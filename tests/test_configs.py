@@ -23,6 +23,8 @@ from rlhf_cli.rewards.nodes import RESERVED, RULE_RESERVED
 OPTIONS = [(group, name) for group, found in catalog.groups().items() for name in found]
 SHAPE_FITS = {"prompts": "grpo", "pairs": "dpo", "rankings": "dpo", "demonstrations": "sft"}
 NEEDS_PATH = {
+    "rlhf_cli.rewards.principles.Principles",
+    "rlhf_cli.rewards.http.Http",
     "rlhf_cli.rewards.model.Model",
     "rlhf_cli.rewards.python.Python",
     "rlhf_cli.rewards.perplexity.Perplexity",
@@ -34,6 +36,8 @@ REQUIRED = {
     **dict.fromkeys(JUDGED, "judge.backend=rule"),
     "co_reward": "dataset=rephrased",
     "model": "reward.model.path=RUN",
+    "principles": "reward.principles.path=RUN",
+    "http": "reward.http.url=http://127.0.0.1:8000/score",
     "ensemble": "reward.ensemble.path=[RUN,OTHER]",
     "attributes": "reward.attributes.path=FOLDER",
     "implicit": "+debug.stand_ins=true",
@@ -48,6 +52,7 @@ JUDGING = ("mpo", "pairwise_rl", "rewardanything", "stable_reinforce", "writing_
 FITTING = {
     **{("experiment", name): ["judge.backend=rule"] for name in JUDGING},
     ("experiment", "p3o"): ["reward.model.path=RUN"],
+    ("experiment", "salmon"): ["reward.principles.path=RUN"],
     ("experiment", "rto"): ["frozen.dpo.path=RUN", "reward.model.path=RUN"],
     ("experiment", "salsa"): ["model.soup.path=RUN"],
     ("shaping", "implicit_dpo"): ["algo=ppo", "frozen.dpo.path=RUN"],

@@ -39,6 +39,7 @@ class Limits:
     concurrency: int  # requests at a time
     timeout: float  # seconds per attempt
     retries: int  # further attempts
+    named: str = "judge.timeout"  # the setting of the time limit, for messages
 
 
 class Network:
@@ -75,7 +76,7 @@ class Network:
                     found = await asyncio.wait_for(call(), self.limits.timeout)
                 return found, n, time.perf_counter() - began
             except TimeoutError:
-                failed = Again(f"no answer within {self.limits.timeout:g} s (judge.timeout)")
+                failed = Again(f"no answer within {self.limits.timeout:g} s ({self.limits.named})")
             except Again as e:
                 failed = e
             if n < self.limits.retries:

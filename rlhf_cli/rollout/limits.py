@@ -23,16 +23,23 @@ def check_context(config: Any, prompts: Sequence[Sequence[int]], max_tokens: int
         )
     if any(len(p) == 0 for p in prompts):
         raise ConfigError("a prompt has no tokens; give it text, or dataset.chat=true")
-    limit = getattr(text, "max_position_embeddings", None) or 1 << 62
-    window = getattr(text, "sliding_window", None)
-    if window and ("sliding_attention" in kinds or not getattr(text, "layer_types", None)):
-        limit = min(limit, window)  # below it, sliding attention is full attention
+    limit = context(config)
     longest = max(map(len, prompts), default=0)
     if longest + max_tokens > limit:
         raise ConfigError(
             f"a prompt of {longest} tokens with rollout.max_tokens={max_tokens} exceeds the model's {limit}; "
             "lower rollout.max_tokens or dataset.max_prompt_tokens"
         )
+
+
+def context(config: Any) -> int:
+    """Most tokens of a row, prompt and response together."""
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None) or 1 << 62
+    window, kinds = getattr(text, "sliding_window", None), getattr(text, "layer_types", None)
+    return (
+        min(limit, window) if window and (not kinds or "sliding_attention" in kinds) else limit
+    )  # below: full attention
 
 
 def rows_at_a_time(model: Any, device: torch.device, rows: int, longest: int, wave: int = 0) -> int:
