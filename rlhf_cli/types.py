@@ -119,7 +119,7 @@ class Experience:
             cut |= {"pairs": moved[inside]}
             cut |= {k: getattr(self, k)[inside] for k in ("margin", "pair_weight") if getattr(self, k) is not None}
         if self.samples:
-            cut["samples"] = tuple(self.samples[i] for i in index.tolist())
+            cut["samples"] = tuple(map(self.samples.__getitem__, index.tolist()))
         cut |= {k: {n: v[index] for n, v in getattr(self, k).items()} for k in ("components", "named")}
         return replace(self, **cut)
 

@@ -135,7 +135,7 @@ class Table:
 
     def forward(self, exp: Experience, rows: Tensor, want: frozenset[str]) -> dict[str, Tensor]:
         """The columns of some rows, with gradient."""
-        part = exp.rows(rows)
+        part = exp if len(rows) == len(exp) else exp.rows(rows)  # a batch holds all rows, in their order
         at = self.at(part)
         logp = self.theta.log_softmax(-1)  # [C, V]
         made = {
@@ -199,6 +199,8 @@ class Systematic:
         width = max(map(len, self.names))
         self.tokens = torch.tensor([[int(c) for c in y.ljust(width, "0")] for y in self.names])
         self.lengths = torch.tensor([len(y) for y in self.names])
+        most = prompts * (samples + bool(greedy))
+        self.made = [[Sample("", y, uid=str(n)) for y in self.names] for n in range(most)]  # of each row, by response
 
     def __next__(self) -> Experience:
         law = torch.tensor([self.table.law()[y] for y in self.names], dtype=torch.float64)
@@ -212,7 +214,7 @@ class Systematic:
         rows = chosen.flatten()
         mask = torch.arange(self.tokens.shape[1]) < self.lengths[rows, None]
         exp = Experience(
-            samples=tuple(Sample("", self.names[i], uid=str(n)) for n, i in enumerate(rows.tolist())),
+            samples=tuple(of_row[i] for of_row, i in zip(self.made, rows.tolist(), strict=True)),
             ids=self.tokens[rows],
             attention=mask,
             mask=mask,
