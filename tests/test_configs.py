@@ -181,7 +181,11 @@ def option_node(group: str, name: str) -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.create(text))  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize(("group", "name"), OPTIONS, ids=lambda x: str(x))
+@pytest.mark.parametrize(
+    ("group", "name"),
+    # with the other tests of an option in one process, which then composes it once
+    [pytest.param(*o, marks=pytest.mark.xdist_group("-".join(o))) for o in OPTIONS],
+)
 def test_every_option_composes_builds_and_plans(group: str, name: str) -> None:
     if (group, name) == ("dataset", "thumbs"):
         pytest.skip("no shipped recipe takes thumbs up and down yet")
