@@ -265,6 +265,16 @@ def test_watch_refreshes_in_place_and_ends_with_the_table(tmp_path: Path) -> Non
     assert b"finished" in after and b"Traceback" not in left + after
 
 
+def test_logs_before_the_ranks_begin_leave_out_submitits_notes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = made(tmp_path / "a", job={})
+    (run.logs / "slurm").mkdir()
+    (run.logs / "slurm" / "12_0_log.out").write_text("loading modules\nsubmitit INFO (now) - Starting with x\n")
+    assert cli.main(["logs", str(run.path)]) == 0
+    assert capsys.readouterr().out == "loading modules\n"
+
+
 def test_logs_of_a_finished_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = made(tmp_path / "a", said="finished")
     (run.logs / "rank-1.log").write_text("one\ntwo\n")
