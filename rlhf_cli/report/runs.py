@@ -29,6 +29,7 @@ NEVER = {  # reasons for which a job waits that no time will remove
     "PartitionConfig": "its partition has no such machine: sinfo; rlhf cancel {0}, then rlhf resume {0} launcher.partition=NAME",
     "BadConstraints": "no machine is such: rlhf cancel {0}, then rlhf resume {0} launcher.constraint=null",
     "JobHeldUser": "held: scontrol release {1}",
+    "JobHeldAdmin": "held by an administrator",
 }
 FRESH = 60.0  # seconds: a rank's heartbeat is written every 10
 TAIL = 1 << 16  # bytes of metrics.jsonl that are read

@@ -152,13 +152,11 @@ def test_a_preempted_job_is_requeued_and_equals_one_left_alone(
 def test_a_time_limit_asks_for_a_checkpoint_and_the_run_goes_on(
     rlhf: Callable[..., Done], slurm: dict[str, str], tmp_path: Path, alone: Path
 ) -> None:
-    before = 29  # SLURM looks every half minute, and may signal as much earlier
-    run = begun(rlhf, slurm, tmp_path, "launcher.time=10", f"launcher.signal_before={before}")
+    # SLURM looks every half minute, and signals as much earlier where it would be late
+    run = begun(rlhf, slurm, tmp_path, "launcher.time=10", "launcher.signal_before=29")
     shown = slurm_cluster.tell(["squeue", "-h", "-O", "TimeUsed", "-j", job(run)], slurm).strip().split(":")
-    used = 60 * int(shown[-2]) + int(shown[-1])
-    scontrol(
-        slurm, "update", f"JobId={job(run)}", f"TimeLimit={(used + before) // 60 + 1}"
-    )  # its last half minute begins
+    limit = (60 * int(shown[-2]) + int(shown[-1]) + 35) // 60 + 1  # minutes, at least one look before they are over
+    scontrol(slurm, "update", f"JobId={job(run)}", f"TimeLimit={limit}")
     goes_on(rlhf, slurm, run, alone, "SIGUSR1")
 
 
