@@ -80,6 +80,7 @@ def multirun(config_name: str, overrides: list[str], config_dir: str | None, poi
 
     def task(cfg: DictConfig) -> float:
         """Returns what a sweeper improves; NaN of a point that failed."""
+        from rlhf_cli.launch import step
         from rlhf_cli.report.numbers import metric_of
 
         runtime = HydraConfig.get()
@@ -87,7 +88,8 @@ def multirun(config_name: str, overrides: list[str], config_dir: str | None, poi
         code = point(finish(cfg, runtime.runtime.choices, catalog.defaults(config_name)))
         codes.append(code)
         if code and os.getpid() != home:  # in a job of its own: only an error tells this process
-            where = os.environ.get("SUBMITIT_FOLDER", "its job's folder")
+            task = step.here()
+            where = os.environ.get("SUBMITIT_FOLDER", "its job's folder").replace("%j", task.job if task else "%j")
             raise ConfigError(f"sweep point {runtime.job.num + 1} ended with {code}; its log lies in {where}")
         return math.nan if code else metric_of(Path(cfg.run.dir) / cfg.run.name, cfg.sweep.metric)
 
@@ -96,12 +98,15 @@ def multirun(config_name: str, overrides: list[str], config_dir: str | None, poi
     folder = ["--config-dir", str(Path(config_dir).resolve())] if config_dir else []
     saved, sys.argv = sys.argv, ["rlhf", *folder, "-m", *quiet, where, *_lines(asked)]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through to the one place that prints them
+    os.environ.setdefault("SLURM_KILL_BAD_EXIT", "1")  # sbatch hands it to srun: a killed rank ends its job
     try:
         hydra.main(version_base=chosen.VERSION, config_path="pkg://rlhf_cli.conf", config_name=config_name)(task)()
     except (HydraException, OmegaConfBaseException, YAMLError) as e:
         raise ConfigError(_explain(e, config_name, _each_value(asked), config_dir)) from e
     finally:
         sys.argv = saved
+    if not codes:  # each in a job of its own
+        print("rlhf: every point has ended; rlhf runs lists them, rlhf compare compares them", flush=True)
     return max(codes, default=0)
 
 
