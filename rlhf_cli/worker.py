@@ -20,7 +20,7 @@ import torch
 from rlhf_cli import state
 from rlhf_cli.config import build, load_config
 from rlhf_cli.engine.comm import Comm, seed_all, start
-from rlhf_cli.engine.memory import keep_freed_memory
+from rlhf_cli.engine.memory import keep_freed_memory, out_of_memory
 from rlhf_cli.errors import ConfigError, GateError
 from rlhf_cli.launch.stop import Stop
 from rlhf_cli.loop import train
@@ -84,10 +84,6 @@ class Session:
             train(self.run)
         except GateError as e:
             raise e if str(e).startswith(("step ", "rank ")) else GateError(f"step {self._at}: {e}") from None
-        except torch.OutOfMemoryError as e:
-            raise ConfigError(
-                "out of memory; halve hardware.micro_batch_tokens, set rollout.rows=16, or type model.checkpointing=true"
-            ) from e
         if self.stop.signal and self._at < cfg.steps:
             return "preempted"
         self._export()
@@ -327,7 +323,8 @@ def _watched(rundir: RunDir, stop: Stop, rank: int, output: Both | None) -> int:
         session = Session(rundir, join(cfg), stop, beat, output)
         ended = session.work()
     except BaseException as e:
-        shown = full_disk(e, rundir.path) or e
+        beat.give_way()
+        shown = _plainly(e, rundir.path)
         _failed(rundir, session, shown, rank)
         beat.stop()
         if shown is not e:
@@ -340,6 +337,15 @@ def _watched(rundir: RunDir, stop: Stop, rank: int, output: Both | None) -> int:
         text = f"stopped by {stop.signal} after {session._at} steps; go on with: rlhf resume {rundir.path}"
         print(text, flush=True)
     return PREEMPTED if ended == "preempted" else 0
+
+
+def _plainly(e: BaseException, run: Path) -> BaseException:
+    """What the user can do about a full disk or too little memory, in the place of `e` and with its frames; else `e`."""
+    told = full_disk(e, run) or out_of_memory(e)
+    if told is None:
+        return e
+    told.__cause__ = e
+    return told.with_traceback(e.__traceback__)
 
 
 def join(cfg: Any) -> Comm:

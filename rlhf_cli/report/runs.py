@@ -18,7 +18,7 @@ from typing import Any
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.launch import queue
 from rlhf_cli.launch.rank import obituary
-from rlhf_cli.launch.ranks import first_failure, follows
+from rlhf_cli.launch.ranks import first_failure, follows, silence
 from rlhf_cli.record.progress import Pace, duration, number
 from rlhf_cli.record.rundir import RunDir
 
@@ -169,7 +169,10 @@ def _gone(rundir: RunDir, said: str, found: queue.Job | None, again: str) -> tup
 
 def first_error(rundir: RunDir) -> str:
     """What ended the rank that failed first, in one line; the others' errors follow from it."""
-    first = first_failure(rundir.errors())
+    silent, errors = silence(rundir, rundir.errors())
+    first = first_failure(errors)
+    if first is None and silent:  # whoever was killed after it was killed for it
+        return silent
     if first is None or follows(f"{first[1]}: {first[2]}"):  # a rank that was killed could not write down why
         died = _died(rundir)
         if died:

@@ -75,17 +75,34 @@ def weights(e: DeepSpeedEngine) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in e.full_state() if name in trained}
 
 
+def offloaded(e: DeepSpeedEngine) -> list[str]:
+    """Where DeepSpeed says that optimizer state and parameters are, if not on the device."""
+    return [str(x.device) for x in (e.engine.zero_offload_optimizer(), e.engine.zero_offload_param()) if x is not None]
+
+
 def steps(e: DeepSpeedEngine, updates: tuple[Update, ...] = SCHEDULE) -> list[dict[str, float]]:
     return [e.step(experience(), u, lr=LR) for u in updates]
 
 
+def settings(out: Path) -> dict[str, dict[str, Any]]:
+    """Every way to shard: the stages, and stage 3 with parameters and state elsewhere; a disk only where DeepSpeed can reach one."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    found: dict[str, dict[str, Any]] = {f"zero{zero}": {"zero": zero} for zero in (0, 1, 2, 3)}
+    found["zero2-cpu"] = {"zero": 2, "offload": "cpu"}
+    found["zero3-cpu"] = {"zero": 3, "offload": "cpu"}
+    if AsyncIOBuilder().is_compatible(verbose=False):
+        found["zero3-nvme"] = {"zero": 3, "offload": "nvme", "nvme_path": str(out / "disk")}
+    return found
+
+
 def main(out: Path) -> None:
-    """Every stage: steps, a checkpoint, more steps, and the same again from the checkpoint."""
+    """Every way to shard: steps, a checkpoint, more steps, and the same again from the checkpoint."""
     comm = start(torch.device("cpu"))
-    for zero in (0, 1, 2, 3):
-        e = engine(comm, zero=zero)
+    for name, changes in settings(out).items():
+        e = engine(comm, **changes)
         stats = steps(e)
-        folder = out / f"zero{zero}"
+        folder = out / name
         folder.mkdir(exist_ok=True)
         comm.barrier()
         state = e.save(folder)
@@ -106,6 +123,7 @@ def main(out: Path) -> None:
                 "loaded": loaded,
                 "after": after,
                 "final": final,
+                "offload": offloaded(e),
             }
             torch.save(copy.deepcopy(kept) | {"state": state, "world": comm.world}, folder / "kept.pt")
         comm.barrier()

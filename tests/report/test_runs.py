@@ -121,6 +121,20 @@ def test_a_rank_that_a_signal_ended_is_named_by_srun(line: str, why: str, said: 
     assert runs.state(run, {"12": Job("FAILED")}) == ("failed", "rank 0: ValueError: a cause of its own")
 
 
+def test_a_hang_is_told_before_the_deaths_that_followed_from_it(tmp_path: Path) -> None:
+    run = made(tmp_path / "a", said="running", job={})
+    (run.logs / "slurm").mkdir()
+    runs.batch(run).write_text(JOB_LOG.format("srun: error: a: task 1: Quit (core dumped)", ""))
+    run.silent.write_text("rank 0 silent for 9 s in phase update")
+    run.error(0).write_text("Traceback\nRuntimeError: Connection closed by peer\n")
+    os.utime(run.error(0), ns=(time.time_ns() + 10**9,) * 2)
+    said = f"rank 0 silent for 9 s in phase update; stacks of every rank are in {run.logs}/rank-*.stacks"
+    assert runs.state(run, {"12": Job("FAILED")}) == ("failed", said)
+    run.error(1).write_text("Traceback\nValueError: first\n")
+    os.utime(run.error(1), (1, 1))
+    assert runs.state(run, {"12": Job("FAILED")}) == ("failed", "rank 1: ValueError: first")
+
+
 def test_a_job_that_failed_before_its_ranks_could_speak_shows_its_last_error(tmp_path: Path) -> None:
     run = made(tmp_path / "a", job={})
     (run.logs / "slurm").mkdir()
