@@ -28,6 +28,7 @@ surrogate = Term("surrogate", partial(ppo_clip, eps_low=0.2, eps_high=0.2, dual_
 preference = Term("preference", partial(dpo, beta=0.3, label_smoothing=0.0))
 FUSED, COUPLED = Update((surrogate,)), Update((preference, surrogate))
 SCHEDULE = (FUSED, COUPLED, FUSED)
+CASES: dict[str, dict[str, Any]] = {**{f"zero{n}": {"zero": n} for n in range(4)}, "bf16": {"bf16": True}}
 
 
 def experience() -> Experience:
@@ -82,10 +83,10 @@ def steps(e: DeepSpeedEngine, updates: tuple[Update, ...] = SCHEDULE) -> list[di
 def main(out: Path) -> None:
     """Every stage: steps, a checkpoint, more steps, and the same again from the checkpoint."""
     comm = start(torch.device("cpu"))
-    for zero in (0, 1, 2, 3):
-        e = engine(comm, zero=zero)
+    for name, settings in CASES.items():
+        e = engine(comm, **settings)
         stats = steps(e)
-        folder = out / f"zero{zero}"
+        folder = out / name
         folder.mkdir(exist_ok=True)
         comm.barrier()
         state = e.save(folder)
