@@ -63,6 +63,7 @@ class DeepSpeedEngine:
         if own:
             self.engine: Any = MasterEngine(module, partial(_adamw, setup), setup.clip, comm.world)
             self._optimizer = self.engine.optimizer
+            self._make_moments()  # what stays is allocated before what comes and goes, which would leave holes
         else:
             self._optimizer = _adamw(setup, list(trained.values()))
             with redirect_stdout(io.StringIO()):  # it prints memory tables

@@ -28,9 +28,12 @@ class MasterEngine:
     ) -> None:
         self.module, self.clip, self.world = module, clip, world
         self.trained = [p for p in module.parameters() if p.requires_grad]
-        self.flat = nn.Parameter(torch.cat([p.detach().flatten().float() for p in self.trained]))
+        size = sum(p.numel() for p in self.trained)
+        self.flat = nn.Parameter(torch.empty(size, dtype=torch.float32, device=self.trained[0].device))
         self.flat.grad = torch.zeros_like(self.flat)
         self.masters, self._grads = self.views(self.flat.detach()), self.views(self.flat.grad)
+        for p, master in self.masters.items():
+            master.copy_(p.detach())
         self.optimizer = make_optimizer([self.flat])
         self._made: set[nn.Parameter] = set()  # whose gradient is in the buffer; what else it holds is of the last step
         self._norm = 0.0

@@ -163,11 +163,36 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, layout: Pack, part: str, scale: flo
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and s * k.shape[2] <= SMALL:
         # The CPU kernel's bf16 backward pass is slow on short rows (17.8 ms against 9.7 for this with 12 rows of 64 after 40 tokens),
         # and this on long ones (82 ms against 50 with 8 rows of 128 after 300); scores are in fp32 in both.
-        scores = torch.matmul(folded.float() * scale, k.float().transpose(-1, -2)) + mask
-        out = torch.matmul(scores.softmax(-1).to(v.dtype), v)
+        out = Explicit.apply(folded, k, v, mask, scale)
     else:
         out = F.scaled_dot_product_attention(folded, k, v, attn_mask=mask.to(q.dtype), scale=scale)
     return out.reshape(n, heads, s, d).transpose(1, 2)
+
+
+class Explicit(torch.autograd.Function):
+    """softmax(scale q k' + mask) v of low-precision q [n, H, S, D], k and v [n, H, M, D], with fp32 scores. Saves probabilities as rounded for v."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+        scores = torch.matmul(q.float().mul_(scale), k.float().transpose(-1, -2)).add_(mask)
+        p = scores.softmax(-1).to(v.dtype)
+        out = torch.matmul(p, v)
+        ctx.save_for_backward(q, k, v, p, out)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[override]
+        q, k, v, p, out = ctx.saved_tensors
+        along = (grad.float() * out.float()).sum(-1, keepdim=True)
+        s = torch.matmul(grad, v.transpose(-1, -2)).float().sub_(along).mul_(p).mul_(ctx.scale).to(q.dtype)
+        return (
+            torch.matmul(s, k),
+            torch.matmul(s.transpose(-1, -2), q),
+            torch.matmul(p.transpose(-1, -2), grad),
+            None,
+            None,
+        )
 
 
 def _mask(layout: Pack, part: str, groups: int, dtype: torch.dtype) -> Tensor:
