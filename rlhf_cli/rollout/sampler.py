@@ -25,6 +25,7 @@ from rlhf_cli.rollout.choose import Decoding, choose
 from rlhf_cli.rollout.decoder import Decoder, agree, readable
 from rlhf_cli.rollout.limits import check_context, rows_at_a_time
 from rlhf_cli.rollout.masking import Mask, Shadow, beside
+from rlhf_cli.rollout.tree import Slots, Tree
 
 __all__ = ["Decoding", "Rollout", "Sampler", "eos_ids"]
 
@@ -68,6 +69,8 @@ class _Batch:
     token: list[int]  # [slots] token to feed next
     place: list[int]  # [slots] its position
     decoder: Decoder | None = None  # of the weights as they are; None: the model's own forward
+    tree: Tree | None = None  # where the decoder attends when all rows begin together
+    shared: int = 0  # rows of a prompt when they do; 0: slots begin as others end
     started: int = 0
     read: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)  # prompt -> keys and values per layer
     shadow: Shadow | None = None  # the model that says which tokens may be drawn
@@ -123,6 +126,8 @@ class Sampler:
         batch.shadow = Shadow(mask, self, batch) if mask is not None else None
         if self.device.type == "cpu" and self.written_out is not False and readable(self.model):
             batch.decoder = Decoder(self.model, slots)
+            together = 0 < decoding.wave <= slots and len(rows) <= slots and k > 1 and slots % k == 0
+            batch.shared = k if together and batch.shadow is None else 0
         training = self.model.training
         if training:  # as activation checkpointing wants it; it would turn the cache off
             self.model.eval()
@@ -159,7 +164,11 @@ class Sampler:
     def _load(self, batch: _Batch, taken: Mapping[int, list[int]]) -> None:
         """Copy prompts into the slots that begin a row: prompt -> slots."""
         self._read(batch, list(taken))
-        for prompt, slots in taken.items():
+        if batch.shared and batch.read:
+            batch.tree = Tree(
+                [batch.read.get(p) for p in taken], batch.board.slots, batch.shared, batch.decoding.max_tokens
+            )
+        for prompt, slots in taken.items() if batch.tree is None or self.written_out is None else ():
             if prompt in batch.read:
                 fill(batch.cache, torch.tensor(slots, device=self.device), batch.read[prompt])
         waiting = batch.rows[batch.started].prompt if batch.started < len(batch.rows) else len(batch.prompts)
@@ -225,21 +234,22 @@ class Sampler:
         own = partial(self._model_step, batch, tokens, places, mask[:, None, None])
         if batch.decoder is None:
             return own()
+        first = own() if self.written_out is None or not (batch.cache.layers or batch.tree) else None
+        if batch.tree is not None:
+            batch.tree.aim(max(len(r.ids) for r in batch.rows))
+        memory = batch.tree or Slots(batch.board, batch.cache.layers, mask[:, None, None])
+        logits = batch.decoder(tokens, places, memory)
         if self.written_out is None:  # the model first: what it stores is written over, as in every later step
-            expected = own()
-            logits = batch.decoder(tokens, places, mask[:, None, None], batch.board, batch.cache.layers)
-            self.written_out = agree(logits, expected)
+            assert first is not None
+            self.written_out = agree(logits, first)
             if not self.written_out:
-                batch.decoder = None
+                batch.decoder = batch.tree = None
                 self.note(
                     "sampler: the written-out decoding step differs from the model's own forward; the model's own is used"
                 )
                 own()  # and what the other stored too
-                return expected
-            return logits
-        if not batch.cache.layers:  # prompts of one token leave the cache to the first step
-            own()
-        return batch.decoder(tokens, places, mask[:, None, None], batch.board, batch.cache.layers)
+                return first
+        return logits
 
     def _model_step(self, batch: _Batch, tokens: Tensor, places: Tensor, mask: Tensor) -> Tensor:
         """The same by the model's own forward."""

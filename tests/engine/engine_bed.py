@@ -89,6 +89,7 @@ def settings(out: Path) -> dict[str, dict[str, Any]]:
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     found: dict[str, dict[str, Any]] = {f"zero{zero}": {"zero": zero} for zero in (0, 1, 2, 3)}
+    found["bf16"] = {"bf16": True}
     found["zero2-cpu"] = {"zero": 2, "offload": "cpu"}
     found["zero3-cpu"] = {"zero": 3, "offload": "cpu"}
     if AsyncIOBuilder().is_compatible(verbose=False):
