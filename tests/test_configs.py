@@ -31,7 +31,7 @@ NEEDS_PATH = {
     "rlhf_cli.rewards.attributes.Attributes",
     "rlhf_cli.rewards.implicit.Implicit",
 }
-JUDGED = ("judge", "judge_anchor", "judge_listwise", "judge_pairwise", "judge_pivot", "mpo", "oni", "pair_verdict")
+JUDGED = tuple("judge judge_anchor judge_listwise judge_pairwise judge_pivot mpo oni pair_verdict sql_judge".split())
 REQUIRED = {
     **dict.fromkeys(JUDGED, "judge.backend=rule"),
     "co_reward": "dataset=rephrased",
@@ -48,7 +48,7 @@ REQUIRED = {
 }
 
 
-JUDGING = ("mpo", "pairwise_rl", "rewardanything", "stable_reinforce", "writing_zero")
+JUDGING = ("mpo", "pairwise_rl", "reasoning_sql", "rewardanything", "stable_reinforce", "writing_zero")
 FITTING = {
     **{("experiment", name): ["judge.backend=rule"] for name in JUDGING},
     ("experiment", "p3o"): ["reward.model.path=RUN"],

@@ -20,11 +20,13 @@ from rlhf_cli.judges.cache import Cache
 from rlhf_cli.judges.endpoint import Endpoint, check_url
 from rlhf_cli.judges.network import Limits
 from rlhf_cli.judges.rule import RULES, Rule
+from rlhf_cli.judges.strict import repeated
 
 BACKENDS = ("openai", "transformers", "rule")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("fp32", "bf16")
 CACHE_WORDS = ("run", "none")
+ECHO = Reply(error="the judge's reply only repeats what stands in the texts that it was shown")
 INSTALL = "pip install 'rlhf-cli[judge]'"
 
 
@@ -89,7 +91,7 @@ class Judge:
             replies[key] = wait.future.result()
             if not wait.stored:
                 self.cache.put(key, replies[key])
-        return [replies[key] for key in keys]
+        return [ECHO if repeated(replies[key], ask) else replies[key] for key, ask in zip(keys, asks, strict=True)]
 
     def check(self, asks: Sequence[Ask]) -> None:
         """Refuse a judge that cannot answer questions of these kinds, before training; each kind is tried once."""
