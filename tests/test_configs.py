@@ -31,7 +31,19 @@ NEEDS_PATH = {
     "rlhf_cli.rewards.attributes.Attributes",
     "rlhf_cli.rewards.implicit.Implicit",
 }
-JUDGED = tuple("judge judge_anchor judge_listwise judge_pairwise judge_pivot mpo oni pair_verdict sql_judge".split())
+JUDGED = tuple(
+    [
+        "judge",
+        "judge_anchor",
+        "judge_listwise",
+        "judge_pairwise",
+        "judge_pivot",
+        "mpo",
+        "oni",
+        "pair_verdict",
+        "sql_judge",
+    ]
+)
 REQUIRED = {
     **dict.fromkeys(JUDGED, "judge.backend=rule"),
     "co_reward": "dataset=rephrased",
