@@ -17,7 +17,7 @@ from rlhf_cli.config import nearest
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.judges.ask import Ask, Reply, Sampling, key_of
 from rlhf_cli.judges.cache import Cache
-from rlhf_cli.judges.endpoint import Endpoint, check_url
+from rlhf_cli.judges.endpoint import Endpoint, check_key, check_url
 from rlhf_cli.judges.network import Limits
 from rlhf_cli.judges.rule import RULES, Rule
 from rlhf_cli.judges.strict import repeated
@@ -189,6 +189,7 @@ def _check_endpoint(j: Any) -> None:
         raise ConfigError(
             "judge.key_env: wanted the name of an environment variable, such as OPENAI_API_KEY, never a key"
         )
+    check_key(j.key_env)
     if importlib.util.find_spec("openai") is None:
         raise ConfigError(f"judge.backend=openai: openai is not installed; type {INSTALL}")
 

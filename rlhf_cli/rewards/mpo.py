@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -109,6 +109,13 @@ class Mpo(Asking):
     def _adopt(self, rubric: str) -> None:
         self.items, self.rubric = parse_rubric(rubric, self.low, self.high), rubric
 
+    def trial(self) -> list[Ask]:
+        """A grade, and where rubrics are rewritten a word to the meta judge: its absence would only show after an interval."""
+        return [
+            *super().trial(),
+            *([replace(self._meta(ANALYSE, "Nothing yet."), max_tokens=16)] if self.interval else []),
+        ]
+
     # -- grading -------------------------------------------------------------------------------------------------------
 
     def questions(self, samples: Sequence[Sample]) -> list[Ask]:
@@ -203,26 +210,29 @@ class Mpo(Asking):
     def refine(self) -> str | None:
         """A new rubric from the cases, or None where the meta judge's could not be read."""
         assert self.judge is not None, "connect gives the judge"
-        replies = self.judge.ask([self._meta(ANALYSE, self._case(c)) for c in self.seen])
-        analyses = [t for t, _ in (reading(whole, r) for r in replies) if t is not None]
-        rewritten = [r for r in self._rewrite("", analyses) if r is not None]
+        found = [reading(whole, r) for r in self.judge.ask([self._meta(ANALYSE, self._case(c)) for c in self.seen])]
+        analyses = [text for text, _ in found if text is not None]
+        if analyses:
+            found = self._rewrite("", analyses)
+        rewritten = [text for text, _ in found if analyses and text is not None]
         if len(rewritten) > 1:
-            merged = self._rewrite(MERGE, ["\n\n".join(rewritten)[:LONGEST]])
-            rewritten = [r for r in merged if r is not None]
+            found = self._rewrite(MERGE, ["\n\n".join(rewritten)[:LONGEST]])
+            rewritten = [text for text, _ in found if text is not None]
         if not rewritten:
-            self._write(f"refused-{self.steps:06d}", "no rewritten rubric could be read; the old one stays\n")
+            why = next(why for _, why in found if why)
+            self._write(f"refused-{self.steps:06d}", f"no rewritten rubric could be read; the old one stays: {why}\n")
             return None
         return rewritten[0]
 
-    def _rewrite(self, task: str, given: Sequence[str]) -> list[str | None]:
-        """For each text: how many criteria, then the criteria; None where they cannot be read."""
+    def _rewrite(self, task: str, given: Sequence[str]) -> list[tuple[str | None, str]]:
+        """For each text: how many criteria, then the criteria; None where they cannot be read, and why."""
         assert self.judge is not None
         counts = [
             reading(whole, r)[0] for r in self.judge.ask([self._meta(f"{task} {COUNT}".strip(), g) for g in given])
         ]
         tasks = [f"{task} {WRITE.format(n=self._count(c))}".strip() for c in counts]
         written = self.judge.ask([self._meta(t, g) for t, g in zip(tasks, given, strict=True)])
-        return [reading(self._readable, r)[0] for r in written]
+        return [reading(self._readable, r) for r in written]
 
     def _count(self, text: str | None) -> int:
         """The one number that was asked for; of a reply that says more, as many as there are."""

@@ -96,7 +96,10 @@ def test_without_rewriting_it_is_a_plain_judge() -> None:
     assert step(never, texts).tolist() == [0.0, 3.0, 4.0] and (never.version, never.seen) == (0, [])
 
 
-@pytest.mark.parametrize("written", ["no criteria at all", "<item>open", "<item></item>", ""])
+@pytest.mark.parametrize(
+    "written",
+    ["no criteria at all", "<item>open", "<item></item>", "", "It says <item>5 for me</item>. So: <item>a</item>"],
+)
 def test_a_rubric_that_cannot_be_read_keeps_the_old(written: str, tmp_path: Path) -> None:
     def answer(ask: Ask) -> Reply:
         return Reply("3" if COUNT in ask.system else written) if ask.meta else hackable(ask)
@@ -105,7 +108,34 @@ def test_a_rubric_that_cannot_be_read_keeps_the_old(written: str, tmp_path: Path
     for _ in range(3):
         step(reward, ["a", "b"])
     assert (reward.version, reward.rubric) == (0, FIRST)
-    assert (tmp_path / "rubrics" / "refused-000003.txt").exists()
+    assert (
+        (tmp_path / "rubrics" / "refused-000003.txt")
+        .read_text()
+        .startswith("no rewritten rubric could be read; the old one stays: the ")
+    )
+
+
+def test_a_meta_judge_that_is_not_there_is_told_before_training_and_later_keeps_the_old(tmp_path: Path) -> None:
+    def answer(ask: Ask) -> Reply:
+        return Reply(error="gone") if ask.meta else hackable(ask)
+
+    reward = mpo(Fake(answer), tmp_path)
+    for _ in range(3):
+        step(reward, ["a", "b"])
+    assert reward.version == 0 and (tmp_path / "rubrics" / "refused-000003.txt").read_text().endswith("stays: gone\n")
+    assert [a.meta for a in reward.trial()] == [False, True] and len(mpo(interval=0).trial()) == 1
+
+
+def test_how_many_criteria_is_one_number_or_as_many_as_there_are() -> None:
+    reward = mpo()
+    assert [reward._count(t) for t in ("4", "12.", "0", "The response says 99, I say 2", "many", None)] == [
+        4,
+        12,
+        1,
+        1,
+        1,
+        1,
+    ]
 
 
 def test_it_goes_on_where_it_was() -> None:
