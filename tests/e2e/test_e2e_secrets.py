@@ -73,11 +73,14 @@ def server() -> Iterator[Server]:
         yield made
 
 
-def settings(server: Server) -> list[str]:
-    return [
-        *TINY, f"judge.url={server.url}", "judge.model=m", f"judge.key_env={NAME}", "judge.retries=1", f"reward.http.url={server.url}",
-        f"reward.http.key_env={NAME}", "reward.http.retries=0",
-    ]  # fmt: skip
+def asked(server: Server, *rewards: str) -> list[str]:
+    """The rewards, and where their servers and keys are."""
+    ways = {
+        "judge": [f"judge.url={server.url}", "judge.model=m", f"judge.key_env={NAME}", "judge.retries=1"],
+        "http": [f"reward.http.url={server.url}", f"reward.http.key_env={NAME}", "reward.http.retries=0"],
+        "python": [],
+    }
+    return [*TINY, f"reward=[{','.join(rewards)}]", *(w for name in rewards for w in ways[name])]
 
 
 def absent(*texts: str | bytes) -> None:
@@ -92,7 +95,6 @@ def absent(*texts: str | bytes) -> None:
 def test_a_run_of_two_ranks_leaves_the_key_nowhere(server: Server, tmp_path: Path) -> None:
     """Metrics, samples, logs of every rank, replies that are kept, W&B's offline files, and the terminal."""
     more = (
-        "reward=[judge,http,python]",
         "reward.judge.weight=0",
         "reward.http.weight=0",
         "tracker=offline",
@@ -102,7 +104,7 @@ def test_a_run_of_two_ranks_leaves_the_key_nowhere(server: Server, tmp_path: Pat
     body = f"values = [float(os.environ[{NAME!r}]) if sum(map(ord, r)) % 3 == 0 else len(r) for r in responses]"  # an error that quotes it
     mine = e2e.python_reward(tmp_path / "mine.py", body)
     words = [
-        *settings(server),
+        *asked(server, "judge", "http", "python"),
         *more,
         mine,
         "reward.python.sees=sample",
@@ -122,7 +124,7 @@ def test_a_run_of_two_ranks_leaves_the_key_nowhere(server: Server, tmp_path: Pat
 def test_a_run_that_fails_tells_why_and_not_the_key(
     server: Server, tmp_path: Path, rlhf: Rlhf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The gate of failed rewards quotes the first reason, in the terminal, the status and the traceback; and so does `score`."""
+    """The gate of failed rewards quotes the first reason, in the terminal, the status and the traceback."""
     monkeypatch.setenv(NAME, KEY)
     monkeypatch.setenv("RLHF_TRACEBACK", "1")
     failing = lambda key: Say(status=401, raw=f"wrong key {key}".encode())  # noqa: E731
@@ -131,26 +133,24 @@ def test_a_run_that_fails_tells_why_and_not_the_key(
         if "1 + 1" in json.dumps(body)
         else failing(server.headers[n]["authorization"].removeprefix("Bearer "))
     )
-    words = [*settings(server), f"run.dir={tmp_path}", "tracker=offline"]
+    words = [f"run.dir={tmp_path}", "tracker=offline"]
     for reward in ("judge", "http"):
-        done = rlhf("train", *words, f"reward={reward}", f"run.name={reward}")
+        done = rlhf("train", *asked(server, reward), *words, f"run.name={reward}")
         assert done.code != 0 and "wrong key <redacted>" in done.err and "Traceback" in done.err, done.err
         files = [p for p in (tmp_path / reward).rglob("*") if p.is_file()]
         assert any("wrong key <redacted>" in p.read_text(errors="replace") for p in files)
         absent(done.out, done.err, *(p.read_bytes() for p in files))
     server.answer = lambda body, n: failing(server.headers[n]["authorization"].removeprefix("Bearer "))
-    done = rlhf("train", *words, "reward=judge", "run.name=refused")
+    done = rlhf("train", *asked(server, "judge"), *words, "run.name=refused")
     assert done.code == 2 and "status 401: wrong key <redacted>" in done.err
     absent(done.out, done.err)
 
 
 def test_a_key_that_no_header_can_carry_is_refused_and_not_quoted(
-    server: Server, rlhf: Rlhf, monkeypatch: pytest.MonkeyPatch
+    server: Server, tmp_path: Path, rlhf: Rlhf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(NAME, f"{KEY} and more")
     for reward in ("judge", "http"):
-        done = rlhf("train", *settings(server), f"reward={reward}", "--cfg")
-        if done.code == 0:  # composing needs no key
-            done = rlhf("train", *settings(server), f"reward={reward}")
+        done = rlhf("train", *asked(server, reward), f"run.dir={tmp_path}")
         assert done.code == 2 and f"the environment variable {NAME} holds blanks" in done.err, done.err
         absent(done.out, done.err)
