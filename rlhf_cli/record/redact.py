@@ -107,7 +107,8 @@ def _environment_secrets(
     """Values of secret variables: those replaced when equal, and those long enough to be replaced inside texts."""
     found = {
         v
-        for k, v in environment
+        for k, raw in environment
+        for v in (raw.strip(),)  # a file leaves a newline behind
         if (k in named or is_secret_key(k)) and len(v) >= 4 and not _NUMBER.fullmatch(v) and not v.startswith("/")
     }
     return frozenset(found), tuple(sorted((v for v in found if len(v) >= 8), key=len, reverse=True))
