@@ -32,6 +32,7 @@ from rlhf_cli.record.output import Both, logged
 from rlhf_cli.record.progress import Progress
 from rlhf_cli.record.provenance import provenance
 from rlhf_cli.record.recorder import make_recorder
+from rlhf_cli.record.redact import hide_secrets
 from rlhf_cli.record.rundir import RunDir
 from rlhf_cli.report import evaluate, summary
 from rlhf_cli.rollout.builtin import decoding_of
@@ -368,7 +369,7 @@ def _device(cfg: Any) -> torch.device:
 def _failed(rundir: RunDir, session: Session | None, e: BaseException, rank: int) -> None:
     """Write down why, before the error leaves; a disk that takes no more must not hide it."""
     reason = f"{type(e).__name__}: {e}" if not isinstance(e, KeyboardInterrupt) else "interrupted twice"
-    text = "".join(traceback.format_exception(e))
+    text = hide_secrets("".join(traceback.format_exception(e)))
     with suppress(OSError):
         print(text, file=sys.stderr, flush=True)
     with suppress(OSError):
@@ -377,7 +378,7 @@ def _failed(rundir: RunDir, session: Session | None, e: BaseException, rank: int
         if session is not None:
             session.record.finish("failed", reason)
         elif rank == 0:
-            rundir.set_status("failed", reason=reason)
+            rundir.set_status("failed", reason=hide_secrets(reason))
 
 
 def entry(rundir: RunDir, stop: Stop) -> int:
@@ -385,7 +386,7 @@ def entry(rundir: RunDir, stop: Stop) -> int:
     try:
         return main(rundir, stop)
     except (ConfigError, GateError) as e:
-        print(f"rlhf: error: {' '.join(str(e).split())}", file=sys.stderr, flush=True)
+        print(f"rlhf: error: {' '.join(hide_secrets(str(e)).split())}", file=sys.stderr, flush=True)
         return 3 if isinstance(e, GateError) else 2
 
 

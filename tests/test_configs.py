@@ -31,7 +31,19 @@ NEEDS_PATH = {
     "rlhf_cli.rewards.attributes.Attributes",
     "rlhf_cli.rewards.implicit.Implicit",
 }
-JUDGED = ("judge", "judge_anchor", "judge_listwise", "judge_pairwise", "judge_pivot", "mpo", "oni", "pair_verdict")
+JUDGED = tuple(
+    [
+        "judge",
+        "judge_anchor",
+        "judge_listwise",
+        "judge_pairwise",
+        "judge_pivot",
+        "mpo",
+        "oni",
+        "pair_verdict",
+        "sql_judge",
+    ]
+)
 REQUIRED = {
     **dict.fromkeys(JUDGED, "judge.backend=rule"),
     "co_reward": "dataset=rephrased",
@@ -48,7 +60,7 @@ REQUIRED = {
 }
 
 
-JUDGING = ("mpo", "pairwise_rl", "rewardanything", "stable_reinforce", "writing_zero")
+JUDGING = ("mpo", "pairwise_rl", "reasoning_sql", "rewardanything", "stable_reinforce", "writing_zero")
 FITTING = {
     **{("experiment", name): ["judge.backend=rule"] for name in JUDGING},
     ("experiment", "p3o"): ["reward.model.path=RUN"],
