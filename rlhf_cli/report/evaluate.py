@@ -18,7 +18,7 @@ from rlhf_cli.sources.episodes import grouped, play
 from rlhf_cli.sources.play import Player, with_wave
 from rlhf_cli.sources.sampled import draw, early, row_seed
 from rlhf_cli.stages import score_sharded
-from rlhf_cli.types import Experience, Sample, Scorer
+from rlhf_cli.types import NAMES, Experience, Sample, Scorer
 
 Row = dict[str, Any]
 
@@ -106,9 +106,10 @@ def generate_and_score(
         scorer, Experience(samples=samples, ids=torch.zeros(len(rows), 1, dtype=torch.int64), group=group), comm
     )
     missing = scores.missing if scores.missing is not None else torch.zeros(len(rows), dtype=torch.bool)
+    parts = {c: x for c, x in scores.components.items() if c.rpartition("/")[2] not in NAMES}
     for n, row in enumerate(rows):
         row["score"] = None if missing[n] else float(scores.value[n])
-        row["components"] = {c: float(x[n]) for c, x in scores.components.items() if not torch.isnan(x[n])}
+        row["components"] = {c: float(x[n]) for c, x in parts.items() if not torch.isnan(x[n])}
     return rows
 
 

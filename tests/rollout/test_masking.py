@@ -14,6 +14,9 @@ from torch import Tensor
 from rlhf_cli.models import packing
 from rlhf_cli.models.heads import PolicyHead, unpacked_bits
 from rlhf_cli.models.tiny import tiny_causal, tiny_tokenizer
+from rlhf_cli.rollout import limits
+from rlhf_cli.rollout import sampler as module
+from rlhf_cli.rollout.cache import Board
 from rlhf_cli.rollout.masking import Mask, aligned, best, packed
 from rlhf_cli.rollout.sampler import Decoding, Rollout, Sampler
 from rlhf_cli.sources.assemble import align, rows
@@ -139,6 +142,25 @@ def test_rows_do_not_depend_on_their_neighbours() -> None:
 def test_the_best_token_of_all_needs_no_mask() -> None:
     greedy = Decoding(max_tokens=12, rows=4, temperature=0.0)
     assert draw(sampler(lagged()), greedy).ids == draw(sampler(None), greedy).ids
+
+
+def test_the_cache_of_the_mask_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    # memory of nine rows of this model; with the mask's model, of the same size, of four and a half
+    asked: list[int] = []
+    monkeypatch.setattr(
+        limits, "_memory", lambda device: 5 * 9 * limits.bytes_per_row(tiny_causal(0, torch.float32), 40)
+    )
+    monkeypatch.setattr(module, "Board", lambda slots, longest: asked.append(slots) or Board(slots, longest))
+    mask = Mask(tiny_causal(1, torch.float32), top_p=0.9, min_tokens=1, special=[])
+    for one, temperature in ((None, 1.0), (mask, 1.0), (mask, 0.0)):
+        s = sampler(one)
+        s.sample(
+            [[256, *b"What is it?", *b" Say it now, for once"][:28]],
+            1,
+            [0],
+            replace(s.decoding, rows=0, temperature=temperature),
+        )
+    assert asked == [8, 4, 8]
 
 
 def test_no_gradient_reaches_what_was_not_allowed() -> None:
