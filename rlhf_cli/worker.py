@@ -233,7 +233,7 @@ class Session:
                 )
                 if self.lead:
                     evaluate.write_rows(self.rundir.path / f"heldout-{step:06d}.jsonl", rows)
-                self.record.evaluation(step, evaluate.summarise(rows, cfg.eval.bootstrap))
+                self.record.evaluation(step, evaluate.summarise(rows, cfg.eval.bootstrap, cfg.eval.diversity))
             if p.recorded_heldout is not None:
                 exp = self.run.annotate(p.recorded_heldout.experience(range(len(p.heldout))))
                 for name, update in self.run.updates.items():

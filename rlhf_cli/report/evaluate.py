@@ -12,6 +12,7 @@ import torch
 
 from rlhf_cli.data.record import Record
 from rlhf_cli.engine.comm import Comm
+from rlhf_cli.report.diversity import diversity
 from rlhf_cli.rollout.sampler import Decoding, Sampler
 from rlhf_cli.sources.assemble import sample_of, texts_of
 from rlhf_cli.sources.episodes import grouped, play
@@ -131,8 +132,8 @@ def _dialogues(
     return rows, samples, grouped(played)
 
 
-def summarise(rows: Sequence[Row], resamples: int) -> dict[str, float]:
-    """Means over rows: score with its interval, each component, length, truncation."""
+def summarise(rows: Sequence[Row], resamples: int, varied: bool = False) -> dict[str, float]:
+    """Means over rows: score with its interval, each component, length, truncation; how `varied` they are, where asked."""
     scored = by_prompt(rows)
     found = {
         "tokens": sum(r["tokens"] for r in rows) / len(rows),
@@ -150,7 +151,7 @@ def summarise(rows: Sequence[Row], resamples: int) -> dict[str, float]:
     for c in names:
         have = [r["components"][c] for r in rows if c in r.get("components", {})]
         found[f"reward/{c}"] = sum(have) / len(have)
-    return found
+    return found | ({f"diversity/{k}": v for k, v in diversity(rows).items()} if varied else {})
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

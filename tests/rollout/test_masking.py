@@ -14,6 +14,7 @@ from torch import Tensor
 from rlhf_cli.models import packing
 from rlhf_cli.models.heads import PolicyHead, unpacked_bits
 from rlhf_cli.models.tiny import tiny_causal, tiny_tokenizer
+from rlhf_cli.objectives import ppo_clip
 from rlhf_cli.rollout import limits
 from rlhf_cli.rollout import sampler as module
 from rlhf_cli.rollout.cache import Board
@@ -131,6 +132,22 @@ def test_a_mask_of_everything_draws_what_no_mask_draws() -> None:
     exp = as_experience(whole)
     a, b = learner(exp, {"logp"}), learner(replace(exp, allowed=None), {"logp"})
     assert torch.allclose(a["logp"], b["logp"], atol=1e-6)
+
+
+def test_under_a_mask_of_everything_loss_and_gradient_are_those_of_ppo() -> None:
+    exp = as_experience(draw(sampler(lagged(top_p=1.0))))
+    advantage = torch.randn(exp.mask.shape, generator=torch.Generator().manual_seed(1))
+    found = []
+    for sets in (exp.allowed, None):
+        model = tiny_causal(0, torch.float32)
+        logp = learner(replace(exp, allowed=sets), {"logp"}, model)["logp"]
+        loss = (
+            ppo_clip(logp, exp.behavior_logp - 0.1, advantage, eps_low=0.2, eps_high=0.2, dual_clip=None) * exp.mask
+        ).sum()
+        loss.backward()
+        found.append((float(loss.detach()), model.model.layers[0].mlp.up_proj.weight.grad))
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-4)
+    assert found[1][1].abs().max() > 1e-3 and torch.allclose(found[0][1], found[1][1], atol=1e-5)
 
 
 def test_rows_do_not_depend_on_their_neighbours() -> None:
