@@ -64,6 +64,7 @@ class EvalSection:
     prompts: int = 96  # held-out prompts used; 0: all
     samples: int = 0  # sampled responses per prompt besides the greedy one (`rlhf eval`)
     bootstrap: int = 10000  # resamples behind the 95 % interval
+    diversity: bool = False  # how varied the responses are: distinct n-grams, entropy, type-token ratio, self-BLEU
 
 
 @dataclass

@@ -127,6 +127,9 @@ class Experience:
 COLUMNS: dict[str, str] = {f.name: f.metadata["shape"] for f in fields(Experience) if "shape" in f.metadata}
 """Column name -> dimension letters."""
 
+NAMES = frozenset({"category"})
+"""Columns whose numbers are names: equal or not, without a mean."""
+
 OUTPUTS: dict[str, str] = {"logp": "N T", "entropy": "N T", "value_new": "N T", "score_new": "N"}
 """What a learner's forward may return, with gradient."""
 

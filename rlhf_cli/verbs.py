@@ -92,7 +92,7 @@ def _print_columns(columns: dict[str, list[Row]], cfg: Any) -> None:
     print(f"  {'':<18}{'mean':>8}  {'interval':<20}{'tokens':>7}{'truncated':>11}{'missing':>9}")
     for name, rows in columns.items():
         ci = bootstrap(by_prompt(rows), cfg.eval.bootstrap)
-        s = held_out.summarise(rows, cfg.eval.bootstrap)
+        s = held_out.summarise(rows, cfg.eval.bootstrap, cfg.eval.diversity)
         missing = sum(r["score"] is None for r in rows)
         print(
             f"  {name:<18}{ci.mean:>8.4f}  {f'[{ci.low:.4f}, {ci.high:.4f}]':<20}{s['tokens']:>7.1f}{s['truncated']:>11.1%}{missing:>9}"
@@ -100,6 +100,8 @@ def _print_columns(columns: dict[str, list[Row]], cfg: Any) -> None:
         for part, value in s.items():
             if part.startswith("reward/") and len(cfg.reward) > 1:
                 print(f"    {part.removeprefix('reward/'):<16}{value:>8.4f}")
+            if part.startswith("diversity/"):
+                print(f"    {part.removeprefix('diversity/'):<16}{value:>8.4f}")
     for how in ("greedy", "sampled"):
         if f"base, {how}" in columns and f"run, {how}" in columns:
             gain = paired(columns[f"base, {how}"], columns[f"run, {how}"], cfg.eval.bootstrap)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlhf_cli import state
+from rlhf_cli import standins, state
 from rlhf_cli.config import build, load_config
 from rlhf_cli.engine.comm import Comm, seed_all, start
 from rlhf_cli.engine.memory import keep_freed_memory, out_of_memory
@@ -91,7 +91,9 @@ class Session:
         return "finished"
 
     def _prepare(self, at: int) -> bool:
-        """Responses of the initial policy, where a stage compares with them; False where a signal asked to stop."""
+        """Say what stands in; draw responses of the initial policy, where a stage compares with them; False where a signal asked to stop."""
+        for note in standins.notes(self.cfg) if at == 0 else ():
+            self.record.note(note)
         if self.parts.prepass is None:
             return True
         with self.record.phase("prepass"):
@@ -228,7 +230,7 @@ class Session:
                 )
                 if self.lead:
                     evaluate.write_rows(self.rundir.path / f"heldout-{step:06d}.jsonl", rows)
-                self.record.evaluation(step, evaluate.summarise(rows, cfg.eval.bootstrap))
+                self.record.evaluation(step, evaluate.summarise(rows, cfg.eval.bootstrap, cfg.eval.diversity))
             if p.recorded_heldout is not None:
                 exp = self.run.annotate(p.recorded_heldout.experience(range(len(p.heldout))))
                 for name, update in self.run.updates.items():

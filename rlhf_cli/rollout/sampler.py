@@ -117,12 +117,13 @@ class Sampler:
         assert len(seeds) == len(prompts) * k, f"{len(seeds)} seeds for {len(prompts)} prompts x {k}"
         longest = max(map(len, prompts), default=0) + decoding.max_tokens
         check_context(self.model.config, prompts, decoding.max_tokens)
-        slots = rows_at_a_time(self.model, self.device, decoding.rows, longest, decoding.wave)
+        mask = self.mask if decoding.temperature > 0 else None
+        others = () if mask is None else (mask.model,)
+        slots = rows_at_a_time(self.model, self.device, decoding.rows, longest, decoding.wave, others)
         rows = [_Row(i // k, _uniforms(seed, decoding.max_tokens)) for i, seed in enumerate(seeds)]
         open_rows = [k] * len(prompts)
         board = Board(slots, longest)
         batch = _Batch(prompts, decoding, rows, board, slot_cache(board), [-1] * slots, [0] * slots, [0] * slots)
-        mask = self.mask if decoding.temperature > 0 else None
         batch.shadow = Shadow(mask, self, batch) if mask is not None else None
         if self.device.type == "cpu" and self.written_out is not False and readable(self.model):
             batch.decoder = Decoder(self.model, slots)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlhf_cli.engine.comm import Comm, start
 from rlhf_cli.engine.deepspeed import DeepSpeedEngine, Setup
+from rlhf_cli.engine.following import Follower
 from rlhf_cli.models import packing
 from rlhf_cli.models.heads import PolicyHead
 from rlhf_cli.objectives import dpo, ppo_clip
@@ -97,12 +98,25 @@ def settings(out: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def followed(e: DeepSpeedEngine) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+    """The schedule with a copy every second step and an average beside it: statistics of the steps, and the weights of both."""
+    rules: dict[str, Any] = {"copy": {"every": 2, "decay": 0.0}, "average": {"every": 1, "decay": 0.5}}
+    own = next(e.engine.module.parameters()).dtype
+    models = {name: Follower(name, head(own), e, **rule) for name, rule in rules.items()}
+    stats = []
+    for step, update in enumerate(SCHEDULE, 1):
+        stats += steps(e, (update,))
+        for model in models.values():
+            model(step)
+    return stats, {f"{name}/{k}": p.detach().clone() for name, m in models.items() for k, p in m.own.items()}
+
+
 def main(out: Path) -> None:
     """Every way to shard: steps, a checkpoint, more steps, and the same again from the checkpoint."""
     comm = start(torch.device("cpu"))
     for name, changes in settings(out).items():
         e = engine(comm, **changes)
-        stats = steps(e)
+        stats, beside = followed(e)
         folder = out / name
         folder.mkdir(exist_ok=True)
         comm.barrier()
@@ -118,6 +132,7 @@ def main(out: Path) -> None:
         if comm.rank == 0:
             kept = {
                 "stats": stats,
+                "beside": beside,
                 "more": more,
                 "again": again,
                 "before": before,

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_bed import COUPLED, FUSED, LR, SCHEDULE, SETUP, engine, experience, head, steps, weights
+from engine_bed import COUPLED, FUSED, LR, SCHEDULE, SETUP, engine, experience, followed, head, steps, weights
 from torch import Tensor
 
 from rlhf_cli.engine.comm import Comm, start
@@ -313,6 +313,16 @@ def test_two_processes_take_the_steps_of_one_in_bf16(comm: Comm, two_ranks: Path
     for x, y in zip(two["stats"], stats, strict=True):
         assert x["loss"] == pytest.approx(y["loss"], abs=1e-2)
         assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=2e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_models_that_follow_are_those_of_one_process(comm: Comm, two_ranks: Path, zero: int) -> None:
+    two, one = kept(two_ranks, f"zero{zero}")["beside"], followed(engine(comm, zero=0))[1]
+    assert len(two) == len(one) > 0
+    close(two, one, 1e-5)
+    moved = {k: float((x - one[k.replace("copy/", "average/")]).abs().max()) for k, x in two.items() if "copy/" in k}
+    assert max(moved.values()) > 1e-4, "a copy and an average are two things"
 
 
 @pytest.mark.slow

@@ -211,6 +211,18 @@ def test_partial_terms_keep_the_order_where_execution_is_flat():
     assert flat.abs().max() == 0 and dense.flatten().argsort().tolist() == [0, 1, 2, 3]
 
 
+def test_execution_alone_has_the_advantages_of_the_execution_reward():
+    from rlhf_cli.credit import group_norm
+
+    only = {"execution": 1.0, "syntax": 0.0, "schema": 0.0, "ngram": 0.0, "format": 0.0}
+    tries = [GOLD, "SELECT name FROM users", "SELEC", GOLD]
+    group, mask = torch.zeros(4, dtype=torch.int64), torch.ones(4, 1, dtype=torch.bool)
+    one, other = (scores(s, *tries).value for s in (partial(weights=only), execution()))
+    settings = {"scale": "std", "ddof": 1, "eps": 1e-4}
+    a, b = (group_norm(v, mask, group, **settings).advantage for v in (one, other))
+    assert torch.equal(a, b) and a.flatten().sign().tolist() == [1, -1, -1, 1]
+
+
 def test_settings_without_a_meaning_are_refused():
     with pytest.raises(
         ConfigError, match=r"^reward\.sql_execution: instructions=10, seconds=10\.0, rows=100 are not allowed"

@@ -115,6 +115,17 @@ def test_bleuberi_smooths_unigrams_too():
     assert score(b, "no", CAT) == pytest.approx(0.5**0.25 * math.exp(-5), abs=1e-6)
 
 
+def test_without_smoothing_it_is_bleu():
+    assert score(make("bleu", smooth="none"), CAT, "the cat sat on a mat") == pytest.approx(0.537285, abs=1e-6)
+
+
+def test_another_reference_never_lowers_bleuberi():
+    b = make("bleuberi")
+    for seed in range(40):
+        response, one, two = (words(4 + (7 * seed + i) % 9, 3 * seed + i) for i in range(3))
+        assert score(b, response, one, two) >= score(b, response, one) - 1e-7
+
+
 def test_bleuberi_takes_the_shortest_reference():
     # sacrebleu's closest length would be 8, with BP = exp(1 - 8/6); the shortest is 3, so there is no penalty.
     assert score(make("bleuberi"), CAT, "a b c", CAT + " today now") == pytest.approx(1.0)
