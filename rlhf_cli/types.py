@@ -63,6 +63,7 @@ class Experience:
         "N R"
     )  # of the initial policy's responses to the row's prompt, in units of `score`; NaN: missing
     ref_length: Tensor = column("N R")  # their lengths, tokens
+    canned_score: Tensor = column("N")  # of the prepass's canned answer to the row's prompt, in units of `score`
     span_reward: Tensor = column("N T")  # the part of `score` that a scorer placed on tokens itself
     reward: Tensor = column("N T")
     turn_reward: Tensor = column("N T")  # what the environment gave for each turn, at that turn's last trained token

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from rlhf_cli import wiring
+from rlhf_cli import plan_reward, wiring
+from rlhf_cli.config import check_node
 from rlhf_cli.data.loading import load, load_whole
 from rlhf_cli.data.record import Record, leading
 from rlhf_cli.engine.comm import Comm, seed_all
@@ -19,6 +20,7 @@ from rlhf_cli.errors import ConfigError
 from rlhf_cli.models import loading
 from rlhf_cli.report import evaluate as held_out
 from rlhf_cli.report.evaluate import Row, bootstrap, by_prompt, paired, write_rows
+from rlhf_cli.rewards.nodes import RESERVED, reward_nodes
 from rlhf_cli.rewards.report import ScoreReport, render, report
 from rlhf_cli.rollout.builtin import decoding_of
 from rlhf_cli.rollout.sampler import Sampler
@@ -197,6 +199,10 @@ def score(cfg: Any) -> int:
 
 def score_report(cfg: Any) -> tuple[ScoreReport, list[dict[str, Any]]]:
     """What `rlhf score` finds, and each response with its scores."""
+    for node in reward_nodes(cfg):
+        plan_reward.fits(
+            cfg, node.name, check_node(node.settings, node.key, allow=cfg.allow_targets, reserved=RESERVED)[0]
+        )
     scorer = wiring.make_scorer(cfg)
     if scorer is None:
         raise ConfigError("score: no reward; type reward=bleu (rlhf list reward)")
