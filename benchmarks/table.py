@@ -86,7 +86,8 @@ def text(results: Sequence[Mapping[str, Any]]) -> str:
     """All tables of the results."""
     parts = []
     for result in results:
-        tables = [steps, equality] if "entries" in result else [costs]
+        compared = any("equality" in e for e in result.get("entries", ()))
+        tables = [steps, *([equality] if compared else [])] if "entries" in result else [costs]
         parts.append("\n\n".join([heading(result), *("\n".join(t(result)) for t in tables)]))
     return "\n\n".join(parts)
 
