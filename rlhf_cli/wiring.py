@@ -20,7 +20,7 @@ from rlhf_cli.engine.comm import Comm
 from rlhf_cli.engine.deepspeed import DeepSpeedEngine, Frozen, Setup
 from rlhf_cli.environments import section as dialogue
 from rlhf_cli.hardest import Banded, banded
-from rlhf_cli.models import fused, loading, packing
+from rlhf_cli.models import fused, kernels, loading, packing
 from rlhf_cli.models.heads import PolicyHead, ScalarHead, SharedHead, inner
 from rlhf_cli.models.lora import add_lora
 from rlhf_cli.pipeline import make_pipeline
@@ -52,7 +52,7 @@ class Parts:
     heads: list[Any]  # of the learners and the reference
     sampler: Sampler | None
     eval_scorer: Scorer | None  # the training reward on held-out prompts; None where the records do not allow it
-    probe: Callable[[Run], Experience]  # a few rows for the gates at the start
+    probe: Callable[[], Experience]  # a few rows for the gates at the start
     heldout: list[Record]
     encoded_heldout: list[list[int]]
     player: Player | None  # of dialogues, where there is an environment
@@ -77,8 +77,9 @@ def make_run(cfg: Any, comm: Comm, record: Any, folder: Path | None = None) -> t
 
     packing.register()
     sections = learner_sections(cfg)
-    heads = {name: make_head(cfg, section, comm, plan) for name, section in sections.items()}
-    read_only = make_readers(cfg, heads, plan, comm)
+    probe = partial(probe_rows, encoded=encoded[:2], records=train[:2])
+    heads = make_heads(cfg, sections, comm, plan, probe, record.note)
+    read_only = make_readers(cfg, heads, plan, comm, probe, record.note)
     scorable = "policy" in plan.learners and can_score(cfg, heldout)
     actor = make_actor(cfg, heads, plan, comm) if sampled or scorable else None
     engines = {name: DeepSpeedEngine(name, head, setup_of(cfg, sections[name]), comm) for name, head in heads.items()}
@@ -126,7 +127,6 @@ def make_run(cfg: Any, comm: Comm, record: Any, folder: Path | None = None) -> t
         build.keep(f"reward.{name}", part)
     state = {"source": source, "constant_reward": checks.constant, **build.state, **followers}
     eval_scorer = attended(scorer if sampled else make_scorer(cfg) if scorable else None, sampler, cfg)
-    probe = partial(probe_rows, encoded=encoded[:2], records=train[:2])
     return run, Parts(
         plan=plan,
         tokenizer=tokenizer,
@@ -206,7 +206,7 @@ def make_gates(cfg: Any, sampler: Sampler | None) -> gates.Gates:
     )
 
 
-def probe_rows(run: Run, *, encoded: Sequence[Sequence[int]], records: Sequence[Record]) -> Experience:
+def probe_rows(*, encoded: Sequence[Sequence[int]], records: Sequence[Record]) -> Experience:
     """Two groups of two rows: real prompts, each with a short and a longer answer made of its own tokens."""
     owner = [i for i in range(len(encoded)) for _ in range(2)]
     answers = [list(encoded[i][-(5 + 4 * (n % 2)) :]) for n, i in enumerate(owner)]
@@ -270,6 +270,22 @@ def dtype_of(cfg: Any) -> torch.dtype:
     return torch.bfloat16 if cfg.hardware.precision == "bf16" else torch.float32
 
 
+def make_heads(
+    cfg: Any,
+    sections: Mapping[str, Any],
+    comm: Comm,
+    plan: Plan,
+    probe: Callable[[], Experience],
+    note: Callable[[str], None],
+) -> dict[str, nn.Module]:
+    """The trained models by name, with the chosen kernels where these agree with the plain path on the rows of `probe`."""
+    heads = {name: make_head(cfg, section, comm, plan) for name, section in sections.items()}
+    for name, head in heads.items():
+        want = frozenset(HEADS[sections[name].head]) - {"entropy"}
+        kernels.use(head, cfg.model.kernels, probe, want, note, comm.any)
+    return heads
+
+
 def make_head(cfg: Any, section: Any, comm: Comm, plan: Plan) -> nn.Module:
     """A trained model with its head, on this rank's device, dropout off."""
     model_cfg = copy.deepcopy(cfg.model)
@@ -312,14 +328,23 @@ def temperature_of(cfg: Any, plan: Plan) -> float:
     return cfg.rollout.temperature if plan.source == "sampled" and cfg.rollout.temperature > 0 else 1.0
 
 
-def make_readers(cfg: Any, heads: Mapping[str, nn.Module], plan: Plan, comm: Comm) -> dict[str, Frozen]:
+def make_readers(
+    cfg: Any,
+    heads: Mapping[str, nn.Module],
+    plan: Plan,
+    comm: Comm,
+    probe: Callable[[], Experience],
+    note: Callable[[str], None],
+) -> dict[str, Frozen]:
     """Models that are only read, by name."""
 
     def head_of(model: Any) -> nn.Module:
         model.to(comm.device)
         prepare(model, checkpointing=False)
         head = PolicyHead(model, temperature=temperature_of(cfg, plan), packing=cfg.model.packing)
-        return head.eval().requires_grad_(False)
+        head.eval().requires_grad_(False)
+        kernels.use(head, cfg.model.kernels, probe, frozenset({"logp"}), note, comm.any)
+        return head
 
     wants_reference = "ref_logp" in plan.annotate
     return readers.make(cfg, heads, wants_reference, head_of, dtype_of(cfg), setup_of(cfg, None), comm)

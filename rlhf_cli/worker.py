@@ -250,7 +250,7 @@ class Session:
 
     def _invariance(self, name: str, want: str, limit: float) -> float:
         """The gap of one learner; where packing is to blame, every model goes on without it, and a note says so."""
-        exp = self.parts.probe(self.run)
+        exp = self.parts.probe()
         try:
             return check_invariance(self.parts.engines[name], exp, want, limit)
         except GateError as e:

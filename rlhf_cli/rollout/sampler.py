@@ -67,7 +67,9 @@ class _Batch:
     slot_row: list[int]
     token: list[int]  # [slots] token to feed next
     place: list[int]  # [slots] its position
-    decoder: Decoder | None = None  # of the weights as they are; None: the model's own forward
+    decoder: Any = (
+        None  # `Decoder` or what is called as it is, of the weights as they are; None: the model's own forward
+    )
     started: int = 0
     read: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)  # prompt -> keys and values per layer
     shadow: Shadow | None = None  # the model that says which tokens may be drawn
@@ -92,6 +94,7 @@ class Sampler:
         self.decoding = decoding
         self.device = torch.device(device)
         self.eos = eos_ids(model, tokenizer)
+        self.decoder_of: Callable[[Any, int], Any] | None = Decoder if self.device.type == "cpu" else None
         self.written_out: bool | None = None  # whether `Decoder` gives what the model gives; None: not known yet
         self.note: Callable[[str], None] = _silent  # hears what a user should know
         self.mask: Mask | None = None  # of what is drawn; the best token of all (temperature 0) needs none
@@ -121,8 +124,8 @@ class Sampler:
         batch = _Batch(prompts, decoding, rows, board, slot_cache(board), [-1] * slots, [0] * slots, [0] * slots)
         mask = self.mask if decoding.temperature > 0 else None
         batch.shadow = Shadow(mask, self, batch) if mask is not None else None
-        if self.device.type == "cpu" and self.written_out is not False and readable(self.model):
-            batch.decoder = Decoder(self.model, slots)
+        if self.decoder_of is not None and self.written_out is not False and readable(self.model):
+            batch.decoder = self.decoder_of(self.model, slots)
         training = self.model.training
         if training:  # as activation checkpointing wants it; it would turn the cache off
             self.model.eval()
