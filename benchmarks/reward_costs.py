@@ -1,4 +1,4 @@
-"""Seconds that each reward takes for 1,000 samples, in the run's own process on one thread.
+"""Seconds of processor time that each reward takes for 1,000 samples, in the run's own process on one thread, its children included.
 
     python benchmarks/reward_costs.py --output benchmarks/results/reward_costs.json
 
@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import platform
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,10 +79,16 @@ def main() -> None:
     """Measure each, write JSON, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True)
+    parser.add_argument(
+        "--only", default="", help="names with a comma between them; the others keep their numbers in --output"
+    )
     a = parser.parse_args()
+    output, only = Path(a.output), set(filter(None, a.only.split(",")))
     torch.set_num_threads(1)
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, float]] = json.loads(output.read_text())["sources"] if only and output.exists() else {}
     for name, (words, make) in SOURCES.items():
+        if only and name not in only:
+            continue
         if "perplexity" in name:
             from rlhf_cli.models.smollm2 import smollm2
 
@@ -92,9 +98,9 @@ def main() -> None:
         samples = make()
         group = torch.arange(len(samples))
         scorer(samples[:2], group[:2])  # imports and loads
-        start = time.perf_counter()
+        start = sum(os.times()[:4])
         scores = scorer(samples, group)
-        seconds = 1000 * (time.perf_counter() - start) / len(samples)
+        seconds = 1000 * (sum(os.times()[:4]) - start) / len(samples)
         assert scores.missing is None or not scores.missing.any(), f"{name}: {scores.reasons}"
         found[name] = {"seconds_per_1000": seconds, "samples": len(samples)}
         print(f"| `{name}` | {seconds:.3g} |", flush=True)
@@ -104,7 +110,7 @@ def main() -> None:
         "python": platform.python_version(),
         "threads": 1,
     }
-    Path(a.output).write_text(json.dumps({"machine": machine, "sources": found}, indent=1) + "\n", encoding="utf-8")
+    output.write_text(json.dumps({"machine": machine, "sources": found}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

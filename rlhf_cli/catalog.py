@@ -103,23 +103,37 @@ def option(path: Path, root: Path) -> Option:
 def groups(config_dir: str | None = None) -> dict[str, dict[str, Option]]:
     """Group -> option name -> option, in the order of `GROUPS`; the user's own groups come last."""
     found: dict[str, dict[str, Option]] = {}
-    for root in conf_dirs(config_dir):
-        for path in sorted(p for p in root.rglob("*.yaml") if p.parent != root):
-            made = option(path, root)
-            twin = found.setdefault(made.group, {}).setdefault(made.name, made)
-            if twin.path != path:
-                raise ConfigError(
-                    f"{path}: {made.group}={made.name} exists already ({twin.path}); give yours another name"
-                )
+    shipped, *own = conf_dirs(config_dir)
+    for made in [*_shipped(shipped), *(o for root in own for o in _options(root))]:
+        twin = found.setdefault(made.group, {}).setdefault(made.name, made)
+        if twin.path != made.path:
+            raise ConfigError(
+                f"{made.path}: {made.group}={made.name} exists already ({twin.path}); give yours another name"
+            )
     order = [g for g in GROUPS if g in found] + sorted(g for g in found if g not in GROUPS)
     return {g: found[g] for g in order}
 
 
+def _options(root: Path) -> list[Option]:
+    return [option(path, root) for path in sorted(p for p in root.rglob("*.yaml") if p.parent != root)]
+
+
+@lru_cache(maxsize=1)
+def _shipped(root: Path) -> tuple[Option, ...]:
+    """Our own options, which no process sees change."""
+    return tuple(_options(root))
+
+
 def defaults(config_name: str) -> dict[str, str | None]:
     """Group -> default option of a primary config, in its order."""
+    return dict(_defaults(conf_dir() / f"{config_name}.yaml"))
+
+
+@lru_cache(maxsize=8)
+def _defaults(primary: Path) -> dict[str, str | None]:
     import yaml
 
-    listed = yaml.safe_load((conf_dir() / f"{config_name}.yaml").read_text(encoding="utf-8"))["defaults"]
+    listed = yaml.safe_load(primary.read_text(encoding="utf-8"))["defaults"]
     return {group: name for entry in listed if isinstance(entry, dict) for group, name in entry.items()}
 
 

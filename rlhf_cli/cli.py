@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_cli.errors import ConfigError, GateError
+from rlhf_cli.record.redact import hide_secrets
 from rlhf_cli.usage import VERBS, main_help, verb_help
 
 if TYPE_CHECKING:
@@ -333,8 +334,8 @@ def guard(work: Callable[[], int]) -> int:
         return work()
     except (ConfigError, GateError) as e:
         if os.environ.get("RLHF_TRACEBACK") == "1":
-            traceback.print_exc()
-        print(f"rlhf: error: {' '.join(str(e).split())}", file=sys.stderr, flush=True)
+            print(hide_secrets(traceback.format_exc()), file=sys.stderr, flush=True)
+        print(f"rlhf: error: {' '.join(hide_secrets(str(e)).split())}", file=sys.stderr, flush=True)
         return GATE if isinstance(e, GateError) else WRONG_INPUT
 
 

@@ -15,22 +15,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hydra import compose as hydra_compose
-from hydra import initialize_config_module
-from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
-from rlhf_cli import catalog, standins
-from rlhf_cli.config import FrozenSection, LearnerSection, nearest, schema
+from rlhf_cli import catalog, chosen, standins
+from rlhf_cli.config import FrozenSection, LearnerSection, nearest
 from rlhf_cli.errors import ConfigError
 
 NAMED: dict[str, type] = {"learners": LearnerSection, "frozen": FrozenSection}  # sections by names of the user's
-VERSION = "1.3"  # Hydra's defaults are those of this release
 FAULTS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
 OPEN = (
     "dataset.columns.",
@@ -47,12 +43,9 @@ def compose(config_name: str, overrides: list[str], config_dir: str | None) -> D
     """The configuration of a verb: schema, chosen options, overrides; holds known keys and resolvable values only."""
     asked = check_overrides(config_name, overrides, config_dir)
     try:
-        cfg = _compose(config_name, _lines(asked), config_dir)
+        cfg, choices = chosen.compose(config_name, _lines(asked), config_dir)
     except FAULTS as e:
         raise ConfigError(_explain(e, config_name, asked, config_dir)) from e
-    choices = cfg.hydra.runtime.choices
-    with open_dict(cfg):
-        del cfg["hydra"]
     return finish(cfg, choices, catalog.defaults(config_name))
 
 
@@ -81,12 +74,13 @@ def multirun(config_name: str, overrides: list[str], config_dir: str | None, poi
     from hydra.core.hydra_config import HydraConfig
 
     asked = check_overrides(config_name, overrides, config_dir, sweep=True)
-    ConfigStore.instance().store(name="run_schema", node=schema())
+    chosen.store_schema()
     codes: list[int] = []
     home = os.getpid()
 
     def task(cfg: DictConfig) -> float:
         """Returns what a sweeper improves; NaN of a point that failed."""
+        from rlhf_cli.launch import step
         from rlhf_cli.report.numbers import metric_of
 
         runtime = HydraConfig.get()
@@ -94,7 +88,8 @@ def multirun(config_name: str, overrides: list[str], config_dir: str | None, poi
         code = point(finish(cfg, runtime.runtime.choices, catalog.defaults(config_name)))
         codes.append(code)
         if code and os.getpid() != home:  # in a job of its own: only an error tells this process
-            where = os.environ.get("SUBMITIT_FOLDER", "its job's folder")
+            task = step.here()
+            where = os.environ.get("SUBMITIT_FOLDER", "its job's folder").replace("%j", task.job if task else "%j")
             raise ConfigError(f"sweep point {runtime.job.num + 1} ended with {code}; its log lies in {where}")
         return math.nan if code else metric_of(Path(cfg.run.dir) / cfg.run.name, cfg.sweep.metric)
 
@@ -103,12 +98,15 @@ def multirun(config_name: str, overrides: list[str], config_dir: str | None, poi
     folder = ["--config-dir", str(Path(config_dir).resolve())] if config_dir else []
     saved, sys.argv = sys.argv, ["rlhf", *folder, "-m", *quiet, where, *_lines(asked)]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through to the one place that prints them
+    os.environ.setdefault("SLURM_KILL_BAD_EXIT", "1")  # sbatch hands it to srun: a killed rank ends its job
     try:
-        hydra.main(version_base=VERSION, config_path="pkg://rlhf_cli.conf", config_name=config_name)(task)()
+        hydra.main(version_base=chosen.VERSION, config_path="pkg://rlhf_cli.conf", config_name=config_name)(task)()
     except (HydraException, OmegaConfBaseException, YAMLError) as e:
         raise ConfigError(_explain(e, config_name, _each_value(asked), config_dir)) from e
     finally:
         sys.argv = saved
+    if not codes:  # each in a job of its own
+        print("rlhf: every point has ended; rlhf runs lists them, rlhf compare compares them", flush=True)
     return max(codes, default=0)
 
 
@@ -121,13 +119,6 @@ def _each_value(asked: list[Override]) -> list[Override]:
         if o.is_choice_sweep()
         for text in o.sweep_string_iterator()
     ]
-
-
-def _compose(config_name: str, overrides: list[str], config_dir: str | None) -> DictConfig:
-    ConfigStore.instance().store(name="run_schema", node=schema())
-    extra = [f"hydra.searchpath=['file://{catalog.conf_dirs(config_dir)[1]}']"] if config_dir else []
-    with initialize_config_module("rlhf_cli.conf", version_base=VERSION):
-        return hydra_compose(config_name, overrides + extra, return_hydra_config=True)
 
 
 # ---- overrides, before Hydra sees them ----
@@ -245,7 +236,7 @@ def _explain(error: Exception, config_name: str, asked: list[Override], config_d
     groups = {*catalog.groups(config_dir), *catalog.defaults(config_name)}
     chosen = [o for o in asked if o.key_or_group in groups and not isinstance(o.value(), dict)]
     try:
-        base = _compose(config_name, _lines(chosen), config_dir)
+        base, _ = chosen.compose(config_name, _lines(chosen), config_dir)
     except FAULTS as e:
         return _of_file(e, config_dir)
     for o in asked:

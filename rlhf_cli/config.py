@@ -64,6 +64,7 @@ class EvalSection:
     prompts: int = 96  # held-out prompts used; 0: all
     samples: int = 0  # sampled responses per prompt besides the greedy one (`rlhf eval`)
     bootstrap: int = 10000  # resamples behind the 95 % interval
+    diversity: bool = False  # how varied the responses are: distinct n-grams, entropy, type-token ratio, self-BLEU
 
 
 @dataclass
@@ -94,6 +95,18 @@ class DetectorsSection:
     zero_variance: float | None = None  # limit of groups whose scores are all equal, 0 to 1
     format_share: float | None = None  # limit of the part of the reward that form alone earns, 0 to 1
     truncated: float | None = None  # limit of truncated responses, 0 to 1
+    similar: float | None = None  # limit of METEOR between responses to different prompts, 0 to 1
+    pairs: int = 16  # pairs of such responses that a step compares; 0: none
+    tail: float | None = None  # limit of the words behind the answer, of the response, 0 to 1
+    answer: str = r"</answer>|\\boxed\{[^{}]*\}|####[^\n]*"  # regular expression of what an answer ends with
+    inconsistent: float | None = None  # limit of a pairwise judge's comparisons that the place decided, 0 to 1
+    ensemble_std: float | None = None  # limit of the deviation between several rewards, reward units
+    entropy: float | None = None  # least entropy of what is sampled, nats a token
+    kl: float | None = None  # limit of the KL from the reference, nats a response
+    gold: str = ""  # a reward (or a part, NAME/PART) of weight 0 that the reward is compared with; empty: none
+    gold_gap: float | None = None  # limit of z(reward) - z(gold), standard deviations of the first step
+    gold_falls: float | None = None  # limit of how far gold fell while the reward rose, in the same units
+    window: int = 20  # steps over which that is looked at
 
 
 @dataclass
@@ -260,6 +273,7 @@ class PrepassSection:
     """Responses of the initial policy to every training prompt, where a stage compares with them; see docs/shaping.md."""
 
     samples: int = 10  # responses per training prompt
+    canned: str = ""  # an acceptable answer, the same to every prompt, whose rewards shaping=lsc_canned compares with
     path: str = ""  # a run, or its prepass.jsonl, whose responses and scores are used instead; empty: made before the first step
 
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlhf_cli import signs
 from rlhf_cli.config import DetectorsSection
 from rlhf_cli.errors import GateError
 from rlhf_cli.types import Experience
@@ -29,8 +30,18 @@ ADVICE = {
     "zero_variance": "groups have no signal: choose harder or easier prompts, or a denser reward",
     "format_share": "the reward is format alone: lower the weight of that reward",
     "truncated": "responses do not end: raise rollout.max_tokens, or penalise length",
+    "similar": "different prompts get the same answer: add a KL term, or raise rollout.temperature",
+    "tail": "responses explain themselves behind their answer: score the answer alone, or penalise length",
+    "inconsistent": "the judge decides by place: choose another judge, or rule=strict",
+    "ensemble_std": "the rewards disagree, off what they were trained on: choose combine=uwo or min, or a KL term",
+    "entropy": "the policy has stopped to explore: add objective=entropy_bonus, or lower optim.lr",
+    "kl": "the policy is far from its reference: raise the KL coefficient, or lower optim.lr",
+    "gold_gap": "the reward outruns detectors.gold: stop here, or add a KL term",
+    "gold_falls": "the reward rises while detectors.gold falls: stop here, or add a KL term",
 }
 """Detector -> what it means. Each has a limit of the same name."""
+LEAST = frozenset({"entropy"})  # its limit is a lower one
+ELSEWHERE = {"ensemble_std": "reward/ensemble_std"}  # where a number stands that is not under hack/
 
 
 class Detectors:
@@ -43,31 +54,59 @@ class Detectors:
         self.cfg, self.weights, self.forms = cfg, dict(weights), dict(forms)
         self.limits: dict[str, float] = {k: v for k in ADVICE if (v := getattr(cfg, k)) is not None}
         self.streaks = dict.fromkeys(self.limits, 0)
+        self.gold = signs.Gold(cfg.gold, cfg.window) if cfg.gold else None
 
-    def __call__(self, exp: Experience) -> dict[str, float]:
-        """The step's numbers. Raises GateError where one was beyond its limit for too long."""
+    def __call__(self, exp: Experience, told: Mapping[str, float] | None = None) -> dict[str, float]:
+        """The step's numbers. `told` are numbers that somebody else logs. Raises GateError where one was beyond its limit for too long."""
         if not len(exp) or not self.cfg.enabled:
             return {}
-        found = scores(exp) | texts(exp, self.cfg.rows)
+        found = scores(exp) | texts(exp, self.cfg.rows) | self._read(exp)
         if self.forms:
             found["format_share"] = format_share(exp.components, self.weights, self.forms)
+        if self.gold is not None:
+            found |= self.gold(exp)
         found = {k: v for k, v in found.items() if math.isfinite(v)}
-        for name, limit in self.limits.items():
-            self.streaks[name] = self.streaks[name] + 1 if abs(found.get(name, 0.0)) > limit else 0
-            if self.streaks[name] >= self.cfg.steps:
-                raise GateError(
-                    f"hack/{name} is {found[name]:.3g}, beyond detectors.{name}={limit:g} for {self.streaks[name]} steps "
-                    f"(detectors.steps={self.cfg.steps}); {ADVICE[name]}"
-                )
+        self._check(found | dict(told or {}), self.limits.keys() - {"kl"})
         return found
 
+    def drift(self, exp: Experience) -> None:
+        """The KL of a step, which is known once the reference has seen it; it is logged with the step."""
+        if len(exp) and self.cfg.enabled and "kl" in self.limits:
+            found = frontier(exp).get("kl")
+            self._check({"kl": math.fsum(found) / len(found)} if found else {}, {"kl"})
+
+    def _read(self, exp: Experience) -> dict[str, float]:
+        """What texts, judges and the sampler say."""
+        said = [s.response for s in exp.samples]
+        found = {"inconsistent": signs.inconsistent(exp.components), "entropy": signs.entropy(exp)}
+        if said:
+            found |= {
+                "similar": signs.similar(said, exp.group.tolist(), self.cfg.pairs),
+                "tail": signs.tail(said, self.cfg.answer),
+            }
+        return found
+
+    def _check(self, found: Mapping[str, float], names: Collection[str]) -> None:
+        """Count the steps in a row in which a number was beyond its limit."""
+        for name in (n for n in ADVICE if n in names):
+            value, limit = found.get(name), self.limits[name]
+            beyond = value is not None and (value < limit if name in LEAST else abs(value) > limit)
+            self.streaks[name] = self.streaks[name] + 1 if beyond else 0
+            if self.streaks[name] >= self.cfg.steps:
+                raise GateError(
+                    f"{ELSEWHERE.get(name, f'hack/{name}')} is {value:.3g}, {'below' if name in LEAST else 'beyond'} "
+                    f"detectors.{name}={limit:g} for {self.streaks[name]} steps (detectors.steps={self.cfg.steps}); {ADVICE[name]}"
+                )
+
     def state_dict(self) -> dict[str, Any]:
-        """How long each number has been beyond its limit."""
-        return {"streaks": dict(self.streaks)}
+        """How long each number has been beyond its limit, and what gold was."""
+        return {"streaks": dict(self.streaks), "gold": None if self.gold is None else self.gold.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on counting."""
         self.streaks |= {k: int(v) for k, v in state["streaks"].items() if k in self.streaks}
+        if self.gold is not None and state.get("gold"):
+            self.gold.load_state_dict(state["gold"])
 
 
 def scores(exp: Experience) -> dict[str, float]:

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field, make_dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from rlhf_cli.errors import ConfigError
@@ -80,15 +80,25 @@ def _convert(settings: dict[str, Any], params: Mapping[str, Param], key: str) ->
             raise ConfigError(
                 f"{key}.{name}: {value!r} is not allowed; choose one of {allowed}{nearest(str(value), map(str, p.choices))}"
             )
-        typed = make_dataclass("Node", [(name, _type(p.type), field(default=None))])  # type: ignore[arg-type]
+        if type(value) is not str and type(value) is _SCALARS.get(p.type.removesuffix(" | None")):
+            done[name] = value  # nothing to convert
+            continue
         try:
-            made = OmegaConf.merge(OmegaConf.structured(typed), {name: value})
-            done[name] = OmegaConf.to_container(made, resolve=True)[name]  # type: ignore[index,call-overload]
+            made = OmegaConf.merge(_typed(p.type), {"value": value})
+            done[name] = OmegaConf.to_container(made, resolve=True)["value"]  # type: ignore[index,call-overload]
         except OmegaConfBaseException as e:
             raise ConfigError(f"{key}.{name}: {str(e).splitlines()[0]} (wanted: {p.type})") from None
         if value is None and "None" not in p.type and p.type in _SCALARS:
             raise ConfigError(f"{key}.{name}: must not be empty (wanted: {p.type})")
     return done
+
+
+@lru_cache(maxsize=64)
+def _typed(text: str) -> Any:
+    """A section with one `value` of the type that a parameter is annotated with; shared, so merge into a copy."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.structured(make_dataclass("Node", [("value", _type(text), field(default=None))]))  # type: ignore[arg-type]
 
 
 def _type(text: str) -> Any:

@@ -14,7 +14,8 @@ from rlhf_cli.rewards.nodes import PATHS, RESERVED, RULE_RESERVED, Node, reward_
 from rlhf_cli.signature import Signature
 
 REFERENCE = ("ref_scores", "ref_length")
-CARRIED = frozenset({"score", "mask", "group", "ids", "attention", *REFERENCE})  # what a reference response has
+CANNED = "canned_score"
+CARRIED = frozenset({"score", "mask", "group", "ids", "attention", *REFERENCE, CANNED})  # what a reference response has
 CENTERS = ("none", "group", "reference")
 SCALES = ("none", "batch", "reference")
 
@@ -22,8 +23,14 @@ SCALES = ("none", "batch", "reference")
 class Wants(NamedTuple):
     """What the rewards of a run need besides themselves."""
 
-    references: bool  # a prepass
-    combined: bool  # of the combined score too
+    references: bool  # responses of the initial policy
+    combined: bool  # their combined score too
+    canned: bool = False  # the rewards of a canned answer
+
+    @property
+    def prepass(self) -> bool:
+        """Whether anything is compared with."""
+        return self.references or self.canned
 
 
 def scorers(cfg: Any, plan: Plan, have: set[str]) -> None:
@@ -35,16 +42,13 @@ def scorers(cfg: Any, plan: Plan, have: set[str]) -> None:
             )
         return
     check(cfg)
-    if wants(cfg).references or cfg.dataset.hardest:
+    if wants(cfg).prepass or cfg.dataset.hardest:
         _prepass(cfg, plan, have)
     for one in reward_nodes(cfg):
         name, key, node = one
         sig = check_node(node, key, allow=cfg.allow_targets, reserved=RESERVED)[0]
-        _fits(cfg, name, sig)
-        needed = (*PATHS, *str(sig.flags.get("required", "")).split())
-        empty = next((n for n in needed if n in sig.params and not node.get(n)), "")
-        if empty:
-            raise ConfigError(_named(cfg, one, empty, str(sig.flags.get("path_is", "FILE"))))
+        fits(cfg, name, sig)
+        check_filled(cfg, one, sig)
         brought = str(sig.flags.get("columns", "")).split()  # beside its value
         plan.stages.append(
             Stage(
@@ -64,7 +68,15 @@ def scorers(cfg: Any, plan: Plan, have: set[str]) -> None:
     _combination(cfg, plan)
 
 
-def _fits(cfg: Any, name: str, sig: Signature) -> None:
+def check_filled(cfg: Any, one: Node, sig: Signature) -> None:
+    """Refuse a reward whose model or file nobody named."""
+    needed = (*PATHS, *str(sig.flags.get("required", "")).split())
+    empty = next((n for n in needed if n in sig.params and not one.settings.get(n)), "")
+    if empty:
+        raise ConfigError(_named(cfg, one, empty, str(sig.flags.get("path_is", "FILE"))))
+
+
+def fits(cfg: Any, name: str, sig: Signature) -> None:
     """Refuse a reward that the records, or the way a step is drawn, cannot serve."""
     if sig.flags.get("needs_references") and "references" not in gives(cfg.dataset):
         raise ConfigError(
@@ -90,8 +102,10 @@ def _named(cfg: Any, one: Node, setting: str, kind: str) -> str:
 
 def _prepass(cfg: Any, plan: Plan, have: set[str]) -> None:
     """Responses of the initial policy: what they cost, or where they come from."""
-    n, rows = cfg.prepass.samples, cfg.batch.prompts * cfg.batch.samples
-    if cfg.prepass.path:
+    n, rows = drawn(cfg), cfg.batch.prompts * cfg.batch.samples
+    if not n:
+        does = "the rewards of a canned answer to each training prompt"
+    elif cfg.prepass.path:
         does = (
             f"{n} responses of the initial policy to each training prompt, and their rewards, from {cfg.prepass.path}"
         )
@@ -102,7 +116,8 @@ def _prepass(cfg: Any, plan: Plan, have: set[str]) -> None:
             f"at most {n * cfg.rollout.max_tokens} tokens a prompt; {max(1, rows // n)} prompts cost as much sampling as a step. "
             "prepass.path=RUN uses those of another run"
         )
-    made = REFERENCE if wants(cfg).references else ()
+    found = wants(cfg)
+    made = (*(REFERENCE if found.references else ()), *((CANNED,) if found.canned else ()))
     plan.stages.append(Stage("prepass", does, frozenset(), made))
     have.update(made)
     if cfg.dataset.hardest:
@@ -136,10 +151,20 @@ def rule(cfg: Any) -> Signature | None:
 
 def wants(cfg: Any) -> Wants:
     """Whether some stage compares with responses of the initial policy."""
-    combined = any("ref_scores" in sig.columns for _, sig in _stages(cfg))
-    own = any("ref_scores" in sig.columns for node in reward_nodes(cfg) for _, sig in shapers(cfg, node))
+    later = [sig for _, sig in _stages(cfg)]
+    own = [sig for node in reward_nodes(cfg) for _, sig in shapers(cfg, node)]
     rule_ = cfg.combine or {}
-    return Wants(combined or own or "reference" in (rule_.get("center"), rule_.get("scale")), combined)
+    references = any("ref_scores" in sig.columns for sig in (*later, *own))
+    return Wants(
+        references or "reference" in (rule_.get("center"), rule_.get("scale")),
+        any({"ref_scores", CANNED} & set(sig.columns) for sig in later),
+        any(CANNED in sig.columns for sig in (*later, *own)),
+    )
+
+
+def drawn(cfg: Any) -> int:
+    """How many responses to a prompt the prepass draws: none where a canned answer is all that is compared with."""
+    return int(cfg.prepass.samples) if wants(cfg).references or cfg.dataset.hardest else 0
 
 
 def shapers(cfg: Any, node: Node) -> list[tuple[str, Signature]]:
@@ -158,12 +183,36 @@ def check(cfg: Any) -> None:
     for node in nodes:
         for key, sig in shapers(cfg, node):
             _check_shaper(key, sig)
+    _check_gold(cfg, [n.name for n in nodes])
+    if wants(cfg).canned and not cfg.prepass.canned.strip():
+        raise ConfigError(
+            "prepass.canned is empty, and shaping=lsc_canned compares with its rewards; type prepass.canned='I cannot help with that.'"
+        )
+    if cfg.prepass.canned and not wants(cfg).canned:
+        raise ConfigError(
+            "prepass.canned: nothing compares with its rewards; type shaping=lsc_canned, or prepass.canned="
+        )
     found = rule(cfg)
     if found is not None and nodes:
         _check_rule(cfg, found)
     _check_chain([(k, s) for k, s in _stages(cfg) if k.startswith("shaping.")])
     for node in nodes:
         _check_chain(shapers(cfg, node))
+
+
+def _check_gold(cfg: Any, names: list[str]) -> None:
+    """The reward that the trained one is compared with must be there; limits on both need it."""
+    d = cfg.detectors
+    if d.gold and d.gold.partition("/")[0] not in names:
+        raise ConfigError(
+            f"detectors.gold={d.gold}: no such reward; there are {', '.join(names)}; one that is only logged: "
+            "reward=[a,b] reward.b.weight=0 detectors.gold=b"
+        )
+    limit = next((k for k in ("gold_gap", "gold_falls") if getattr(d, k) is not None), "")
+    if limit and not d.gold:
+        raise ConfigError(f"detectors.{limit} compares with detectors.gold, which is empty; type detectors.gold=REWARD")
+    if d.gold and (d.window < 2 or d.window % 2):
+        raise ConfigError(f"detectors.window={d.window}: its halves are compared; type an even number of steps")
 
 
 def _check_shaper(key: str, sig: Signature) -> None:
@@ -185,6 +234,12 @@ def _check_chain(chain: list[tuple[str, Signature]]) -> None:
             raise ConfigError(
                 f"{key}: the responses of the initial policy have no {min(set(sig.columns) - CARRIED)}, "
                 f"so it cannot stand before {chain[last][0]}; put it behind"
+            )
+    end = max((i for i, (_, sig) in enumerate(chain) if CANNED in sig.columns), default=0)
+    for key, sig in chain[:end]:
+        if "score" in sig.columns and set(sig.columns) - {"score"}:
+            raise ConfigError(
+                f"{key}: the canned answer has no {min(set(sig.columns) - {'score'})}, so it cannot stand before {chain[end][0]}; put it behind"
             )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_cli import standins
+from rlhf_cli import plan_reward, standins
 from rlhf_cli.config import ModelSection, check_node
 from rlhf_cli.data.record import Record
 from rlhf_cli.engine.comm import Comm
@@ -28,7 +28,7 @@ from rlhf_cli.sample import Sample
 from rlhf_cli.sources.assemble import sample_of, texts_of
 from rlhf_cli.sources.sampled import draw, early, row_seed
 from rlhf_cli.stages import score_sharded
-from rlhf_cli.types import Experience, Scorer
+from rlhf_cli.types import Experience, Scorer, Scores
 
 FILE = "prepass.jsonl"
 CHUNK = 16  # prompts between two writes; the number of rows decoded together follows from it, so it is no setting
@@ -41,6 +41,7 @@ class Found:
 
     values: Tensor  # [N, R, S], NaN where missing
     length: Tensor  # [N, R] tokens
+    canned: Tensor | None = None  # [N, S] of the canned answer, NaN where missing
 
 
 class References:
@@ -51,6 +52,8 @@ class References:
         self.length = torch.tensor([line["tokens"][:samples] for line in lines])
         names = lines[0]["scores"] if lines else {}
         self.scores = {n: torch.tensor([_numbers(line["scores"][n][:samples]) for line in lines]) for n in names}
+        there = bool(lines) and all("canned" in line for line in lines)
+        self.canned = {n: torch.tensor(_numbers([line["canned"][n] for line in lines])) for n in names} if there else {}
 
     def lookup(self, samples: Sequence[Sample], names: Sequence[str]) -> Found:
         """The references of each row's prompt."""
@@ -61,7 +64,8 @@ class References:
             )
         index = torch.tensor([self.row[s.uid] for s in samples], dtype=torch.int64)
         values = torch.stack([self._of(n)[index] for n in names], -1)
-        return Found(values, self.length[index])
+        canned = torch.stack([self.canned[n][index] for n in names], -1) if self.canned else None
+        return Found(values, self.length[index], canned)
 
     def spread(self, names: Sequence[str]) -> Tensor:
         """[S]: each source's standard deviation around the mean of its prompt, over all prompts."""
@@ -98,7 +102,7 @@ class Prepass:
         records: training prompts; `encoded`: their token ids.
         sampler: with the weights of the initial policy.
         scorer: the run's rewards, raw.
-        samples: responses per prompt.
+        samples: responses per prompt; `canned`: an answer that is scored besides.
         seed: of every response.
         path: the file; `given`: it is another run's.
         header: what makes it, see `fingerprint`.
@@ -114,6 +118,7 @@ class Prepass:
     path: Path
     header: Line
     given: bool = False
+    canned: str = ""
     rest: Callable[[], None] = lambda: None
     found: References | None = None
 
@@ -138,8 +143,8 @@ class Prepass:
             )
         if todo:
             note(
-                f"prepass: {self.samples} responses of the initial policy to each of {len(todo)} prompts"
-                + (f"; {len(known)} are there already" if known else "")
+                f"prepass: {self.samples} responses of the initial policy{' and a canned answer' if self.canned else ''} "
+                f"to each of {len(todo)} prompts" + (f"; {len(known)} are there already" if known else "")
             )
         for start in range(0, len(todo), CHUNK):
             if asked():
@@ -174,21 +179,32 @@ class Prepass:
 
     def _answer(self, chosen: Sequence[int]) -> list[Line]:
         """The lines of some prompts; the ranks share the drawing and the scoring."""
+        records = [self.records[i] for i in chosen]
+        lines = self._drawn(chosen, records) if self.samples else [_line(r, 0, 0, [], [], {}) for r in records]
+        if not self.canned:
+            return lines
+        scores = self._scored(records, [self.canned] * len(records), 1)
+        return [_with_canned(line, i, scores.components) for i, line in enumerate(lines)]
+
+    def _drawn(self, chosen: Sequence[int], records: Sequence[Record]) -> list[Line]:
         k = self.samples
         seeds = [row_seed(self.seed, -2, i, j) for i in chosen for j in range(k)]
-        records = [self.records[i] for i in chosen]
         decoding = replace(self.sampler.decoding, wave=CHUNK * k)
         done = early(getattr(self.scorer, "begin", None), self.sampler, records)
         drawn = draw(self.sampler, [self.encoded[i] for i in chosen], k, seeds, self.comm, decoding, done)
         texts = texts_of(self.sampler, drawn.ids)
+        scores = self._scored(records, texts, k)
+        return [_line(r, n * k, k, texts, drawn.ids, scores.components) for n, r in enumerate(records)]
+
+    def _scored(self, records: Sequence[Record], texts: Sequence[str], k: int) -> Scores:
+        """Raw values of k texts to each prompt."""
         owner = [r for r in records for _ in range(k)]
         exp = Experience(
             samples=tuple(sample_of(r, t) for r, t in zip(owner, texts, strict=True)),
             ids=torch.zeros(len(owner), 1, dtype=torch.int64),
             group=torch.arange(len(records)).repeat_interleave(k),
         )
-        scores = score_sharded(self.scorer, exp, self.comm)
-        return [_line(r, n * k, k, texts, drawn.ids, scores.components) for n, r in enumerate(records)]
+        return score_sharded(self.scorer, exp, self.comm)
 
 
 def fingerprint(cfg: Any) -> Line:
@@ -203,6 +219,7 @@ def fingerprint(cfg: Any) -> Line:
         "model": _weights(cfg.model, cfg.seed),
         "reward": {node.name: _scorer(cfg, node.key, node.settings) for node in reward_nodes(cfg)},
         "decoding": {k: rollout[k] for k in kept},
+        "canned": cfg.prepass.canned,
     }
 
 
@@ -216,6 +233,8 @@ def refuse(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: Path) -> No
             raise ConfigError(
                 f"{path} was made with another {what} ({', '.join(names)}); type prepass.path= to make one for this run"
             )
+    if ours.get("canned") and theirs.get("canned") != ours["canned"]:
+        raise ConfigError(f"{path} scored another canned answer; type prepass.path= to make one for this run")
     if int(theirs.get("samples", 0)) < ours["samples"]:
         raise ConfigError(
             f"{path} holds {theirs.get('samples', 0)} responses per prompt; type prepass.samples={theirs.get('samples', 0)} or fewer"
@@ -270,6 +289,13 @@ def _line(
     }
 
 
+def _with_canned(line: Line, i: int, parts: Mapping[str, Tensor]) -> Line:
+    """The line with the scores of the canned answer, the i-th of its step."""
+    found = {name: [float(x[i])] for name, x in parts.items()}
+    scores = line["scores"] or {name: [] for name in parts}
+    return {**line, "scores": scores, "canned": {name: None if v != v else v for name, (v,) in found.items()}}
+
+
 def _numbers(values: Sequence[float | None]) -> list[float]:
     return [float("nan") if v is None else v for v in values]
 
@@ -294,7 +320,9 @@ def make_prepass(
     """From the configuration."""
     given = bool(cfg.prepass.path)
     own = (folder or Path(cfg.run.dir) / cfg.run.name) / FILE
+    k = plan_reward.drawn(cfg)
+    header = {**fingerprint(cfg), "samples": k}
     return Prepass(
-        records, encoded, sampler, scorer, comm, samples=cfg.prepass.samples, seed=cfg.seed,
-        path=file_of(cfg.prepass.path) if given else own, header=fingerprint(cfg), given=given, rest=rest,
+        records, encoded, sampler, scorer, comm, samples=k, seed=cfg.seed,
+        path=file_of(cfg.prepass.path) if given else own, header=header, given=given, canned=cfg.prepass.canned, rest=rest,
     )  # fmt: skip

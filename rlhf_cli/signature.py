@@ -49,9 +49,14 @@ class Signature:
 def signature(target: str) -> Signature:
     """Read the signature of the function, or class, named by a dotted path."""
     module, _, name = target.rpartition(".")
-    node = _definitions(module, target).get(name)
+    found = _definitions(module)
+    if found is None:
+        raise ConfigError(
+            f"_target_ {target}: no module named {module!r}; check the spelling, or put its folder on PYTHONPATH"
+        )
+    node = found.get(name)
     if node is None:
-        known = sorted(n for n in _definitions(module, target) if not n.startswith("_"))
+        known = sorted(n for n in found if not n.startswith("_"))
         raise ConfigError(f"_target_ {target}: {module} defines no {name!r}; it defines {', '.join(known)}")
     doc = ast.get_docstring(node) or ""
     marks = dict(_decorators(node))
@@ -87,13 +92,14 @@ def source_file(module: str) -> Path | None:
     return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
 
 
-@lru_cache(maxsize=64)
-def _definitions(module: str, target: str) -> dict[str, ast.FunctionDef | ast.ClassDef]:
+def _definitions(module: str) -> dict[str, ast.FunctionDef | ast.ClassDef] | None:
+    """Functions and classes of a module by name; None where there is no such module."""
     path = source_file(module)
-    if path is None:
-        raise ConfigError(
-            f"_target_ {target}: no module named {module!r}; check the spelling, or put its folder on PYTHONPATH"
-        )
+    return None if path is None else _parsed(path)
+
+
+@lru_cache(maxsize=256)
+def _parsed(path: Path) -> dict[str, ast.FunctionDef | ast.ClassDef]:
     tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
     return {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
 

@@ -39,6 +39,10 @@ def _see_nothing(samples: Any, scores: Any, comm: Any) -> None:
     pass
 
 
+def _as_given(scores: Scores, samples: Any, group: Any) -> Scores:
+    return scores
+
+
 def scoring(
     scorer: Scorer,
     comm: Comm,
@@ -53,13 +57,14 @@ def scoring(
 
     `max_failures`: largest fraction of missing scores tolerated in a step. `watch` sees the scores that are there,
     `count` how many each reward lacks, `note` the first reason, `took` what the scorers spent. A scorer
-    with `observe` is shown the whole scored step on every rank, once all have scored it. `join` makes one score of all rewards,
-    with everything that needs the whole step; without it the scorer's own value counts.
+    with `settle` turns the values of the whole step into those that count, on every rank; one with `observe` is shown the step as it was
+    scored. `join` makes one score of all rewards, with everything that needs the whole step; without it the scorer's own value counts.
     """
     join = join or as_scored
 
     def score(exp: Experience) -> Experience:
-        scores = score_sharded(scorer, exp, comm)
+        found = score_sharded(scorer, exp, comm)
+        scores = getattr(scorer, "settle", _as_given)(found, exp.samples, exp.group)
         exp, lost = join(scores, replace(exp, components=dict(scores.components)))
         scores = replace(scores, reasons={**lost, **scores.reasons})
         missing = exp.score.isnan()
@@ -73,7 +78,7 @@ def scoring(
             )
         if first:
             note(f"{len(scores.reasons)} of {len(exp)} responses lack a score; {first}")
-        getattr(scorer, "observe", _see_nothing)(exp.samples, scores, comm)
+        getattr(scorer, "observe", _see_nothing)(exp.samples, found, comm)
         exp = exp.rows((~missing).nonzero().flatten()) if missing.any() else exp
         watch(exp.score)
         return exp

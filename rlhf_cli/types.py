@@ -63,6 +63,7 @@ class Experience:
         "N R"
     )  # of the initial policy's responses to the row's prompt, in units of `score`; NaN: missing
     ref_length: Tensor = column("N R")  # their lengths, tokens
+    canned_score: Tensor = column("N")  # of the prepass's canned answer to the row's prompt, in units of `score`
     span_reward: Tensor = column("N T")  # the part of `score` that a scorer placed on tokens itself
     reward: Tensor = column("N T")
     turn_reward: Tensor = column("N T")  # what the environment gave for each turn, at that turn's last trained token
@@ -119,13 +120,16 @@ class Experience:
             cut |= {"pairs": moved[inside]}
             cut |= {k: getattr(self, k)[inside] for k in ("margin", "pair_weight") if getattr(self, k) is not None}
         if self.samples:
-            cut["samples"] = tuple(self.samples[i] for i in index.tolist())
+            cut["samples"] = tuple(map(self.samples.__getitem__, index.tolist()))
         cut |= {k: {n: v[index] for n, v in getattr(self, k).items()} for k in ("components", "named")}
         return replace(self, **cut)
 
 
 COLUMNS: dict[str, str] = {f.name: f.metadata["shape"] for f in fields(Experience) if "shape" in f.metadata}
 """Column name -> dimension letters."""
+
+NAMES = frozenset({"category"})
+"""Columns whose numbers are names: equal or not, without a mean."""
 
 OUTPUTS: dict[str, str] = {"logp": "N T", "entropy": "N T", "value_new": "N T", "score_new": "N"}
 """What a learner's forward may return, with gradient."""

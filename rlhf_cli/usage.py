@@ -93,7 +93,7 @@ VERBS: dict[str, Verb] = {
     ),
     "compare": Verb(
         "compare runs or the points of a sweep, seeds collapsed",
-        "rlhf compare DIR|RUN ... [baseline=NAME|SETTINGS] [metric=NAME] [csv=FILE] [plot=FILE]",
+        "rlhf compare DIR|RUN ... [baseline=NAME|SETTINGS] [metric=NAME] [csv=FILE] [plot=FILE] [frontier=FILE]",
         (
             "rlhf compare runs/sweeps/NAME baseline=algo=grpo",
             "rlhf compare runs/first runs/second metric=score/mean csv=table.csv plot=curves.png",

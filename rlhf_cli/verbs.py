@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from rlhf_cli import wiring
+from rlhf_cli import plan_reward, wiring
+from rlhf_cli.config import check_node
 from rlhf_cli.data.loading import load, load_whole
 from rlhf_cli.data.record import Record, leading
 from rlhf_cli.engine.comm import Comm, seed_all
@@ -19,6 +20,7 @@ from rlhf_cli.errors import ConfigError
 from rlhf_cli.models import loading
 from rlhf_cli.report import evaluate as held_out
 from rlhf_cli.report.evaluate import Row, bootstrap, by_prompt, paired, write_rows
+from rlhf_cli.rewards.nodes import RESERVED, reward_nodes
 from rlhf_cli.rewards.report import ScoreReport, render, report
 from rlhf_cli.rollout.builtin import decoding_of
 from rlhf_cli.rollout.sampler import Sampler
@@ -92,7 +94,7 @@ def _print_columns(columns: dict[str, list[Row]], cfg: Any) -> None:
     print(f"  {'':<18}{'mean':>8}  {'interval':<20}{'tokens':>7}{'truncated':>11}{'missing':>9}")
     for name, rows in columns.items():
         ci = bootstrap(by_prompt(rows), cfg.eval.bootstrap)
-        s = held_out.summarise(rows, cfg.eval.bootstrap)
+        s = held_out.summarise(rows, cfg.eval.bootstrap, cfg.eval.diversity)
         missing = sum(r["score"] is None for r in rows)
         print(
             f"  {name:<18}{ci.mean:>8.4f}  {f'[{ci.low:.4f}, {ci.high:.4f}]':<20}{s['tokens']:>7.1f}{s['truncated']:>11.1%}{missing:>9}"
@@ -100,6 +102,8 @@ def _print_columns(columns: dict[str, list[Row]], cfg: Any) -> None:
         for part, value in s.items():
             if part.startswith("reward/") and len(cfg.reward) > 1:
                 print(f"    {part.removeprefix('reward/'):<16}{value:>8.4f}")
+            if part.startswith("diversity/"):
+                print(f"    {part.removeprefix('diversity/'):<16}{value:>8.4f}")
     for how in ("greedy", "sampled"):
         if f"base, {how}" in columns and f"run, {how}" in columns:
             gain = paired(columns[f"base, {how}"], columns[f"run, {how}"], cfg.eval.bootstrap)
@@ -195,6 +199,10 @@ def score(cfg: Any) -> int:
 
 def score_report(cfg: Any) -> tuple[ScoreReport, list[dict[str, Any]]]:
     """What `rlhf score` finds, and each response with its scores."""
+    for node in reward_nodes(cfg):
+        plan_reward.fits(
+            cfg, node.name, check_node(node.settings, node.key, allow=cfg.allow_targets, reserved=RESERVED)[0]
+        )
     scorer = wiring.make_scorer(cfg)
     if scorer is None:
         raise ConfigError("score: no reward; type reward=bleu (rlhf list reward)")

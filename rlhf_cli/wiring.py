@@ -29,7 +29,7 @@ from rlhf_cli.prepass import Prepass, make_prepass
 from rlhf_cli.rewards.direction import written
 from rlhf_cli.rewards.make import make_scorer
 from rlhf_cli.rewards.self_judge import attended
-from rlhf_cli.rewards.stage import make_scoring
+from rlhf_cli.rewards.stage import held, make_scoring
 from rlhf_cli.rollout.backends import backend
 from rlhf_cli.rollout.sampler import Sampler
 from rlhf_cli.sources.assemble import rows, sample_of
@@ -113,7 +113,7 @@ def make_run(cfg: Any, comm: Comm, record: Any, folder: Path | None = None) -> t
         stages_of |= {"score": stages.keep, "select": stages.keep}
     run = Run(
         source=source,
-        annotate=stages.annotating(annotations(plan, engines, read_only)),
+        annotate=held(stages.annotating(annotations(plan, engines, read_only)), build.state.get("detectors")),
         engines=engines,
         **stages_of,
         check=checks,

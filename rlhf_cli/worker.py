@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlhf_cli import state
+from rlhf_cli import standins, state
 from rlhf_cli.config import build, load_config
 from rlhf_cli.engine.comm import Comm, seed_all, start
-from rlhf_cli.engine.memory import keep_freed_memory
+from rlhf_cli.engine.memory import keep_freed_memory, out_of_memory
 from rlhf_cli.errors import ConfigError, GateError
 from rlhf_cli.launch.stop import Stop
 from rlhf_cli.loop import train
@@ -32,6 +32,7 @@ from rlhf_cli.record.output import Both, logged
 from rlhf_cli.record.progress import Progress
 from rlhf_cli.record.provenance import provenance
 from rlhf_cli.record.recorder import make_recorder
+from rlhf_cli.record.redact import hide_secrets
 from rlhf_cli.record.rundir import RunDir
 from rlhf_cli.report import evaluate, summary
 from rlhf_cli.rollout.builtin import decoding_of
@@ -84,17 +85,15 @@ class Session:
             train(self.run)
         except GateError as e:
             raise e if str(e).startswith(("step ", "rank ")) else GateError(f"step {self._at}: {e}") from None
-        except torch.OutOfMemoryError as e:
-            raise ConfigError(
-                "out of memory; halve hardware.micro_batch_tokens, set rollout.rows=16, or type model.checkpointing=true"
-            ) from e
         if self.stop.signal and self._at < cfg.steps:
             return "preempted"
         self._export()
         return "finished"
 
     def _prepare(self, at: int) -> bool:
-        """Responses of the initial policy, where a stage compares with them; False where a signal asked to stop."""
+        """Say what stands in; draw responses of the initial policy, where a stage compares with them; False where a signal asked to stop."""
+        for note in standins.notes(self.cfg) if at == 0 else ():
+            self.record.note(note)
         if self.parts.prepass is None:
             return True
         with self.record.phase("prepass"):
@@ -231,7 +230,7 @@ class Session:
                 )
                 if self.lead:
                     evaluate.write_rows(self.rundir.path / f"heldout-{step:06d}.jsonl", rows)
-                self.record.evaluation(step, evaluate.summarise(rows, cfg.eval.bootstrap))
+                self.record.evaluation(step, evaluate.summarise(rows, cfg.eval.bootstrap, cfg.eval.diversity))
             if p.recorded_heldout is not None:
                 exp = self.run.annotate(p.recorded_heldout.experience(range(len(p.heldout))))
                 for name, update in self.run.updates.items():
@@ -327,7 +326,8 @@ def _watched(rundir: RunDir, stop: Stop, rank: int, output: Both | None) -> int:
         session = Session(rundir, join(cfg), stop, beat, output)
         ended = session.work()
     except BaseException as e:
-        shown = full_disk(e, rundir.path) or e
+        beat.give_way()
+        shown = _plainly(e, rundir.path)
         _failed(rundir, session, shown, rank)
         beat.stop()
         if shown is not e:
@@ -340,6 +340,15 @@ def _watched(rundir: RunDir, stop: Stop, rank: int, output: Both | None) -> int:
         text = f"stopped by {stop.signal} after {session._at} steps; go on with: rlhf resume {rundir.path}"
         print(text, flush=True)
     return PREEMPTED if ended == "preempted" else 0
+
+
+def _plainly(e: BaseException, run: Path) -> BaseException:
+    """What the user can do about a full disk or too little memory, in the place of `e` and with its frames; else `e`."""
+    told = full_disk(e, run) or out_of_memory(e)
+    if told is None:
+        return e
+    told.__cause__ = e
+    return told.with_traceback(e.__traceback__)
 
 
 def join(cfg: Any) -> Comm:
@@ -362,7 +371,7 @@ def _device(cfg: Any) -> torch.device:
 def _failed(rundir: RunDir, session: Session | None, e: BaseException, rank: int) -> None:
     """Write down why, before the error leaves; a disk that takes no more must not hide it."""
     reason = f"{type(e).__name__}: {e}" if not isinstance(e, KeyboardInterrupt) else "interrupted twice"
-    text = "".join(traceback.format_exception(e))
+    text = hide_secrets("".join(traceback.format_exception(e)))
     with suppress(OSError):
         print(text, file=sys.stderr, flush=True)
     with suppress(OSError):
@@ -371,7 +380,7 @@ def _failed(rundir: RunDir, session: Session | None, e: BaseException, rank: int
         if session is not None:
             session.record.finish("failed", reason)
         elif rank == 0:
-            rundir.set_status("failed", reason=reason)
+            rundir.set_status("failed", reason=hide_secrets(reason))
 
 
 def entry(rundir: RunDir, stop: Stop) -> int:
@@ -379,7 +388,7 @@ def entry(rundir: RunDir, stop: Stop) -> int:
     try:
         return main(rundir, stop)
     except (ConfigError, GateError) as e:
-        print(f"rlhf: error: {' '.join(str(e).split())}", file=sys.stderr, flush=True)
+        print(f"rlhf: error: {' '.join(hide_secrets(str(e)).split())}", file=sys.stderr, flush=True)
         return 3 if isinstance(e, GateError) else 2
 
 

@@ -15,15 +15,27 @@ sys.path.insert(0, str(ROOT / "tests" / "beds"))
 
 from optimality_bed import Row, land, rows  # noqa: E402
 from optimality_envs import Env, Law, distance  # noqa: E402
+from reductions import REDUCTIONS, Reduction  # noqa: E402
 
 PAGE = ROOT / "docs" / "what-each-method-optimises.md"
 BEGIN, END = "<!-- made by scripts/method_optima.py -->\n", "<!-- end of what it made -->\n"
 
 
 def tables(measure: Callable[[Row, Env], Law]) -> str:
-    """A table per problem, a line per recipe."""
+    """A table per problem, a line per recipe; then the recipes whose rule another one has."""
     envs = list({env.name: env for row in rows() for env in row.envs}.values())
-    return "\n".join(table(env, measure) for env in envs)
+    return "\n".join([*(table(env, measure) for env in envs), reduced()])
+
+
+def reduced() -> str:
+    """The recipes whose rule is another recipe's."""
+    lines = ["### The rule of another recipe\n\n", "| method | its rule | what it brings |\n", "|---|---|---|\n"]
+    return "".join([*lines, *(f"{reduction(r)}\n" for r in REDUCTIONS)])
+
+
+def reduction(r: Reduction) -> str:
+    """A line of that table."""
+    return f"| {r.name} | `{' '.join(r.words)}` | {r.says} |"
 
 
 def table(env: Env, measure: Callable[[Row, Env], Law]) -> str:

@@ -1,17 +1,19 @@
 """Kill runs with SIGKILL at chosen and at random moments, resume until they are done, and compare with runs that were left alone.
 
     python scripts/stress.py --kills 50 --setups 1x0,1x3,2x0,2x2,2x3 --out benchmarks/results/stress.json
+    python scripts/stress.py --kills 4 --setups 2x2 --moments rename,renamed,checkpoint,random
 
-A setup is PROCESSES x ZeRO stage. Runs are tiny: PPO with two learners, two passes a step, a schedule, a checkpoint at every step. A kill
-strikes the whole family of processes, or one rank of two. Chosen moments are hit from inside, by a sitecustomize module that this script
-puts on the path of its own runs: just after a phase begins, or before or after a rename. Ends with 1 unless every run equals its twin.
+A setup is PROCESSES x ZeRO stage. Runs are tiny: PPO with two learners, two passes a step, a schedule, a checkpoint at every step. Moments
+are taken in turn, and the next one only after the one before was hit. They are hit from inside, by a sitecustomize module that this script
+puts on the path of its own runs: just after a phase begins, or before or after the rename that makes a checkpoint; `random` is a time. Of
+several ranks every other kill strikes one alone, except at random moments; else the whole family of processes dies. Ends with 1 unless
+every run equals its twin.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import itertools
 import json
 import os
 import random
@@ -21,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,10 @@ import psutil
 STEPS = 8
 KILLS_A_RUN = 5
 LIMIT = 300  # seconds that one attempt may take
+PHASES = ("load", "rollout", "score", "update", "checkpoint")
+KNOWN = (*PHASES, "rename", "renamed", "random")
 MOMENTS = ("rollout", "score", "update", "checkpoint", "rename", "load", "rollout", "update", "renamed", "random")
+MISSES = 5  # runs in a row that end before their moment came: it never does
 
 HOOK = """
 import os, signal, sys, threading, time
@@ -78,12 +84,17 @@ def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--kills", type=int, default=50, help="kills in all, divided among the setups")
     options.add_argument("--setups", default="1x0,1x3,2x0,2x2,2x3", help="PROCESSESxZERO,...")
+    options.add_argument("--moments", default=",".join(MOMENTS), help=f"in this order, of {', '.join(KNOWN)}")
     options.add_argument("--seed", type=int, default=0, help="of the moments")
     options.add_argument("--dir", type=Path, default=None, help="where the runs go; empty: a temporary folder")
     options.add_argument("--out", type=Path, default=None, help="a JSON file for the figures")
     given = options.parse_args()
+    moments = given.moments.split(",")
+    unknown = sorted(set(moments) - set(KNOWN))
+    if unknown:
+        options.error(f"--moments {unknown[0]}: unknown; there are {', '.join(KNOWN)}")
     with tempfile.TemporaryDirectory() as scratch:
-        figures = Stress(given.dir or Path(scratch), given.seed).run(given.kills, given.setups.split(","))
+        figures = Stress(given.dir or Path(scratch), moments, given.seed).run(given.kills, given.setups.split(","))
     print(json.dumps(figures, indent=2))
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)
@@ -92,9 +103,9 @@ def main() -> int:
 
 
 class Stress:
-    """The kills of one folder. `chance` chooses the moments."""
+    """The kills of one folder, at `moments` in turn. `chance` chooses ranks, delays and random moments."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
+    def __init__(self, folder: Path, moments: Sequence[str], seed: int) -> None:
         self.folder, self.chance, self.seed = folder.resolve(), random.Random(seed), seed
         hook = self.folder / "hook"
         hook.mkdir(parents=True, exist_ok=True)
@@ -103,7 +114,7 @@ class Stress:
             "import time\n\ndef score(responses):\n    time.sleep(0.1)\n    return [sum(map(ord, r)) % 7 / 7 for r in responses]\n",
             encoding="utf-8",
         )
-        self.moments = itertools.cycle(MOMENTS)
+        self.moments, self.hits = moments, 0
 
     def run(self, kills: int, setups: list[str]) -> dict[str, Any]:
         """The figures: kills, and those after which the run ended with the bits of its twin; where they struck."""
@@ -112,6 +123,7 @@ class Stress:
             share = kills // len(setups) + (i < kills % len(setups))
             rows.append(self.setup(setup, share))
         return {
+            "commit": commit(),
             "kills": sum(r["kills"] for r in rows),
             "exact": sum(r["exact"] for r in rows),
             "seed": self.seed,
@@ -129,10 +141,13 @@ class Stress:
         assert code == 0, log
         row: dict[str, Any] = {"setup": setup, "kills": 0, "exact": 0, "runs": 0, "wrong": []}
         where: Counter[str] = Counter()
+        misses = 0
         while row["kills"] < kills:
+            assert misses < MISSES, f"{setup}: nothing was struck in {MISSES} runs: {self.moment()} does not come"
             name = f"{setup}-{row['runs']}"
             struck = self.killed_until_done(name, processes, zero, min(KILLS_A_RUN, kills - row["kills"]), whole)
             problem = difference(self.folder / f"{setup}-alone", self.folder / name)
+            misses = 0 if struck else misses + 1
             row["runs"] += 1
             row["kills"] += len(struck)
             row["exact"] += len(struck) * (problem is None)
@@ -150,6 +165,7 @@ class Stress:
             again = ["resume", str(run)] if (run / "config.yaml").exists() else self.command(name, processes, zero)
             hit = self.kill_once(again, log, processes, whole) if not last else ""
             if hit:
+                self.hits += 1
                 struck.append(hit)
             elif (last and self.attempt(again, {}, log)[0] == 0) or finished(run):
                 return struck
@@ -157,7 +173,7 @@ class Stress:
 
     def kill_once(self, command: list[str], log: Path, processes: int, whole: float) -> str:
         """One attempt that is to die. Returns where it was struck; empty when it ended before."""
-        moment, everyone = next(self.moments), processes == 1 or self.chance.random() < 0.6
+        moment, everyone = self.moment(), processes == 1 or self.whole_family()
         who = "" if everyone else " of one rank"
         if moment == "random":
             after = self.chance.uniform(0.2, whole)
@@ -170,6 +186,14 @@ class Stress:
         told = f"{moment}:{nth}:{delay}:{int(everyone)}:{rank}"
         self.attempt(command, {"STRESS_MOMENT": told, "STRESS_STRUCK": str(note)}, log)
         return f"{moment}{who}" if note.exists() else ""
+
+    def moment(self) -> str:
+        """The one that is to be hit next."""
+        return self.moments[self.hits % len(self.moments)]
+
+    def whole_family(self) -> bool:
+        """Whether it strikes all ranks: every other time, and at the same moment the other way round when its turn comes again."""
+        return (self.hits + self.hits // len(self.moments)) % 2 == 1
 
     def attempt(self, words: list[str], more: dict[str, str], log: Path, after: float = LIMIT) -> tuple[int, str]:
         """Start the command, kill its whole family after some seconds. Returns (exit status, log)."""
@@ -211,6 +235,17 @@ def kill_family(pid: int) -> None:
         except psutil.NoSuchProcess:
             continue
     psutil.wait_procs(family, timeout=20)
+
+
+def commit() -> str:
+    """The code that was tested; a `+` says that files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parents[1])]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{head}{'+' if changed.strip() else ''}"
 
 
 def finished(run: Path) -> bool:

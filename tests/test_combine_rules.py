@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_cli import combine as c
-from rlhf_cli.credit import group_norm
+from rlhf_cli.credit import gae, group_norm
 from rlhf_cli.rewards.joining import by_rule
 
 NAN = float("nan")
@@ -81,6 +81,16 @@ def test_nominal_and_robust() -> None:
         assert torch.allclose(c.nominal_robust(one, ONES[:1], torch.full_like(one, NAN), lam=lam), one[:, 0])
     # without sigmas nominal is the mean
     assert value(partial(c.nominal_robust, lam=1.0), ROW, sigmas=NONE) == 3
+
+
+def test_constant_rewards_leave_no_policy_gradient() -> None:
+    # whatever lambda blends, equal rows have advantage 0 in a group, and under a critic that knows them
+    mu, sigma = torch.tensor([[1.0, 0.4]]).expand(4, 2), torch.tensor([[0.5, 0.2]]).expand(4, 2)
+    for lam in (0.0, 0.4, 1.0):
+        score = c.nominal_robust(mu, torch.ones(2), sigma, lam=lam)
+        assert not any(advantages(score))
+        reward, mask = score[:, None], torch.ones(4, 1, dtype=torch.bool)
+        assert not gae(reward, reward, mask, gamma=1.0, lam=0.95, whiten=True).advantage.any()
 
 
 def test_the_batch_minimum_is_of_means() -> None:

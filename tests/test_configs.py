@@ -31,7 +31,19 @@ NEEDS_PATH = {
     "rlhf_cli.rewards.attributes.Attributes",
     "rlhf_cli.rewards.implicit.Implicit",
 }
-JUDGED = ("judge", "judge_anchor", "judge_listwise", "judge_pairwise", "judge_pivot", "mpo", "oni", "pair_verdict")
+JUDGED = tuple(
+    [
+        "judge",
+        "judge_anchor",
+        "judge_listwise",
+        "judge_pairwise",
+        "judge_pivot",
+        "mpo",
+        "oni",
+        "pair_verdict",
+        "sql_judge",
+    ]
+)
 REQUIRED = {
     **dict.fromkeys(JUDGED, "judge.backend=rule"),
     "co_reward": "dataset=rephrased",
@@ -48,7 +60,7 @@ REQUIRED = {
 }
 
 
-JUDGING = ("mpo", "pairwise_rl", "rewardanything", "stable_reinforce", "writing_zero")
+JUDGING = ("mpo", "pairwise_rl", "reasoning_sql", "rewardanything", "stable_reinforce", "writing_zero")
 FITTING = {
     **{("experiment", name): ["judge.backend=rule"] for name in JUDGING},
     ("experiment", "p3o"): ["reward.model.path=RUN"],
@@ -181,7 +193,11 @@ def option_node(group: str, name: str) -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.create(text))  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize(("group", "name"), OPTIONS, ids=lambda x: str(x))
+@pytest.mark.parametrize(
+    ("group", "name"),
+    # with the other tests of an option in one process, which then composes it once
+    [pytest.param(*o, marks=pytest.mark.xdist_group("-".join(o))) for o in OPTIONS],
+)
 def test_every_option_composes_builds_and_plans(group: str, name: str) -> None:
     if (group, name) == ("dataset", "thumbs"):
         pytest.skip("no shipped recipe takes thumbs up and down yet")

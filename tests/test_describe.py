@@ -91,7 +91,14 @@ def test_show_algo_explains_its_parts() -> None:
     assert "@" not in text, "an option put into a term is shown there, not as a key of its own"
 
 
-@pytest.mark.parametrize("choice", [f"{g}={o}" for g, options in catalog.groups().items() for o in options])
+@pytest.mark.parametrize(
+    "choice",
+    [
+        pytest.param(f"{g}={o}", marks=pytest.mark.xdist_group(f"{g}-{o}"))  # where test_configs.py composes it
+        for g, options in catalog.groups().items()
+        for o in options
+    ],
+)
 def test_every_option_can_be_shown_within_the_width(choice: str) -> None:
     text = show_text(choice)
     assert text.startswith(choice + "\n")

@@ -139,6 +139,22 @@ def test_the_frontier_of_a_known_gap():
     assert frontier(experience([[1]], [[2]])) == {}
 
 
+def test_the_frontier_s_estimates_are_of_the_kl() -> None:
+    # m coins of q = 0.514629 against p = 0.3: KL = m (q ln(q/p) + (1-q) ln((1-q)/(1-p))) = 0.1 m
+    q, p, m, n = 0.514629, 0.3, 5, 4000
+    heads = torch.rand(n, m, generator=torch.Generator().manual_seed(0)) < q
+    logp, ref = (torch.where(heads, math.log(x), math.log(1 - x)) for x in (q, p))
+    every = torch.ones(n, m, dtype=torch.bool)
+    exp = Experience(
+        ids=heads.long(), attention=every, mask=every, group=torch.arange(n), score=torch.zeros(n), behavior_logp=logp, ref_logp=ref,
+    )  # fmt: skip
+    exact = m * (q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p)))
+    assert exact == pytest.approx(0.1 * m, abs=1e-6)
+    for values in frontier(exp).values():
+        x = torch.tensor(values)
+        assert abs(float(x.mean()) - exact) < 3 * float(x.std()) / math.sqrt(n)
+
+
 def test_texts_are_looked_at_in_whole_groups():
     # Eight groups of two: the second response of every group repeats the first, so a half of them would show nothing.
     exp = experience(

@@ -150,3 +150,25 @@ def test_directions_are_written_into_prompts_by_hash() -> None:
     led = Record(({"role": "system", "content": "be kind"}, {"role": "user", "content": "q"}), "q", uid="u")
     assert written([led], cfg)[0].messages[0]["content"].startswith("be kind\n\nmaximize weighted rating = bleu*")
     assert written(records, config(TWO)) == records
+
+
+def test_a_canned_answer_is_named_and_compared_with() -> None:
+    plan = validate(compose("train", ["algo=ppo", "shaping=[lsc_canned,kl]", "prepass.canned=No."], None))
+    stage = next(s for s in plan.stages if s.name == "prepass")
+    assert stage.gives == ("canned_score",) and stage.does == "the rewards of a canned answer to each training prompt"
+    for words, said in (
+        (
+            ["shaping=lsc_canned"],
+            r"^prepass\.canned is empty, and shaping=lsc_canned compares with its rewards; type prepass\.canned='I cannot",
+        ),
+        (
+            ["prepass.canned=No."],
+            r"^prepass\.canned: nothing compares with its rewards; type shaping=lsc_canned, or prepass\.canned=$",
+        ),
+        (
+            ["shaping=[length_penalty,lsc_canned]", "prepass.canned=No."],
+            r"^shaping\.length_penalty: the canned answer has no mask, so it cannot stand",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            validate(compose("train", words, None))

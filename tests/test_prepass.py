@@ -161,3 +161,29 @@ def test_the_fingerprint_follows_what_decides_and_nothing_else(tmp_path: Path) -
     mine = of("reward=python", f"reward.python.path={file}:score")
     file.write_text("def score(responses): return [1.0] * len(responses)\n")
     assert of("reward=python", f"reward.python.path={file}:score")["reward"] != mine["reward"], "the function changed"
+
+
+def test_a_canned_answer_is_scored_once_per_prompt_and_nothing_else_is_drawn(tmp_path: Path) -> None:
+    """`letters` scores the place of the first letter: "d" is worth 3."""
+    header = {**HEADER, "samples": 0, "canned": "denied"}
+    made = make(tmp_path, samples=0, canned="denied", header=header)
+    go(made)
+    assert not made.sampler.asked
+    head, *lines = [json.loads(x) for x in (tmp_path / FILE).read_text().splitlines()]
+    assert (
+        head == header
+        and all(x["canned"] == {"a": 3.0, "b": -3.0} and x["responses"] == [] for x in lines)
+        and len(lines) == 5
+    )
+    found = made.references().lookup([Sample("", "", uid=r.uid) for r in RECORDS[:2]], ["a"])
+    assert found.canned is not None and found.canned.tolist() == [[3.0], [3.0]] and found.length.shape == (2, 0)
+    both = make(tmp_path / "both", canned="denied", header={**HEADER, "canned": "denied"})
+    (tmp_path / "both").mkdir()
+    go(both)
+    found = both.references().lookup([Sample("", "", uid=RECORDS[0].uid)], ["a"])
+    assert found.canned is not None and found.canned.tolist() == [[3.0]] and found.length.shape == (1, 3)
+    with pytest.raises(
+        ConfigError, match=r"scored another canned answer; type prepass\.path= to make one for this run$"
+    ):
+        refuse(header, {**header, "canned": "no"}, tmp_path / FILE)
+    refuse({**HEADER, "canned": "denied"}, HEADER, tmp_path / FILE)  # a run that compares with none may use it

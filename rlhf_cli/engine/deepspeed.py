@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from rlhf_cli.diagnostics import DIAGNOSTICS
 from rlhf_cli.engine import step as exact
 from rlhf_cli.engine.comm import Comm
+from rlhf_cli.engine.masters import MasterEngine
 from rlhf_cli.errors import ConfigError, GateError
 from rlhf_cli.inject import call, needs
 from rlhf_cli.models.heads import stage_inputs
@@ -54,19 +56,18 @@ class DeepSpeedEngine:
         self.updates = 0  # optimizer steps taken
         self.moved = False  # the last step changed weights
         self._finite: list[Tensor] = []
-        # A bf16 run without ZeRO would accumulate gradients in bf16; stage 1 keeps them, and the weights, in fp32.
-        self.stage = 1 if setup.bf16 and setup.zero == 0 else setup.zero
         trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        self._optimizer = torch.optim.AdamW(
-            trained.values(),
-            lr=setup.lr,
-            betas=setup.betas,
-            eps=setup.eps,
-            weight_decay=setup.weight_decay,
-            fused=setup.offload == "none",
-        )
-        with redirect_stdout(io.StringIO()):  # it prints memory tables
-            self.engine, *_ = _initialize(module, self._optimizer, setup, self.stage)
+        # Without ZeRO, DeepSpeed's bf16 would accumulate gradients in bf16. Its stage 1 keeps them in fp32, by copies of all of them.
+        own = setup.bf16 and setup.zero == 0 and setup.offload == "none" and not setup.extra
+        self.stage = 1 if setup.bf16 and setup.zero == 0 and not own else setup.zero
+        if own:
+            self.engine: Any = MasterEngine(module, partial(_adamw, setup), setup.clip, comm.world)
+            self._optimizer = self.engine.optimizer
+            self._make_moments()  # what stays is allocated before what comes and goes, which would leave holes
+        else:
+            self._optimizer = _adamw(setup, list(trained.values()))
+            with redirect_stdout(io.StringIO()):  # it prints memory tables
+                self.engine, *_ = _initialize(module, self._optimizer, setup, self.stage)
         self.trained = {n: p for n, p in self.engine.module.named_parameters() if n in trained}
         for p in self.trained.values():
             p.register_hook(self._watch)
@@ -146,7 +147,7 @@ class DeepSpeedEngine:
     def _apply(self, lr: float) -> float:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        if self.stage > 0:
+        if self.stage > 0 or isinstance(self.engine, MasterEngine):
             self.engine.step()
             return float(self.engine.get_global_grad_norm())
         grads = [p.grad for p in self.trained.values() if p.grad is not None]
@@ -197,6 +198,8 @@ class DeepSpeedEngine:
     def _read(self, p: nn.Parameter, part: str) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+        if isinstance(self.engine, MasterEngine):
+            return self._master(p, part)
         if self.stage == 0:
             return p if part == "weights" else self._optimizer.state[p].get(part, torch.zeros_like(p))
         return safe_get_full_fp32_param(p) if part == "weights" else safe_get_full_optimizer_state(p, part)
@@ -206,7 +209,11 @@ class DeepSpeedEngine:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         value = value.to(self.comm.device)
-        if self.stage == 0:
+        if isinstance(self.engine, MasterEngine):
+            self._master(p, part).copy_(value)
+            if part == "weights":
+                p.data.copy_(value)
+        elif self.stage == 0:
             (p.data if part == "weights" else self._optimizer.state[p][part]).copy_(value)
         elif part == "weights":
             safe_set_full_fp32_param(p, value)
@@ -214,6 +221,11 @@ class DeepSpeedEngine:
                 p.data.copy_(value.to(p.dtype))
         else:
             safe_set_full_optimizer_state(p, value, part)
+
+    def _master(self, p: nn.Parameter, part: str) -> Tensor:
+        """A parameter's part of the flat fp32 weights or moments."""
+        own = self.engine
+        return own.masters[p] if part == "weights" else own.views(self._optimizer.state[own.flat][part])[p]
 
     def _make_moments(self) -> None:
         """AdamW makes its state at the first step; a resumed one needs it before."""
@@ -227,7 +239,7 @@ class DeepSpeedEngine:
             if masters is not None:
                 break
         else:
-            masters = list(self.trained.values())
+            masters = [self.engine.flat] if isinstance(self.engine, MasterEngine) else list(self.trained.values())
         for x in masters:
             state = self._optimizer.state[x]
             if not state:  # DeepSpeed keeps views into existing moments, so those stay in place
@@ -256,6 +268,12 @@ class Frozen:
         with self.around():
             outs = exact.infer(exp, batches, lambda e, rows: self.module(**stage_inputs(e, rows), want=want))
         return {k: self.comm.sum(v) for k, v in outs.items()}
+
+
+def _adamw(setup: Setup, params: list[nn.Parameter]) -> Any:
+    return torch.optim.AdamW(
+        params, lr=setup.lr, betas=setup.betas, eps=setup.eps, weight_decay=setup.weight_decay, fused=setup.offload == "none"
+    )  # fmt: skip
 
 
 def diagnose(exp: Experience, outs: Mapping[str, Tensor]) -> dict[str, float]:

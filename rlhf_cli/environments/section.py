@@ -40,7 +40,7 @@ def check(cfg: Any, source: str) -> Signature | None:
         raise ConfigError(
             f"environment.rows: {env['rows']!r} is not allowed; choose one of {', '.join(FORMS)}{nearest(str(env['rows']), FORMS)}"
         )
-    if wants(cfg).references or cfg.dataset.hardest:
+    if wants(cfg).prepass or cfg.dataset.hardest:
         raise ConfigError(
             "environment: a prepass compares with single responses of the initial policy; type environment=none, or a shaping without references"
         )

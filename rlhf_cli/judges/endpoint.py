@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.judges.ask import Ask, Reply, Sampling
 from rlhf_cli.judges.network import Again, Limits, Network, Refused, retry_after
+from rlhf_cli.record.redact import keep_secret
 
 NO_KEY = "none"  # sent where no key is set: local servers want something
 HIDDEN = "<redacted>"
@@ -40,6 +43,7 @@ class Endpoint:
         network: Network | None = None,
     ) -> None:
         self.url, self.models, self.key_env, self.sampling, self.limits = url, models, key_env, sampling, limits
+        keep_secret(key_env)
         self.network = network or Network(limits)
         self._client: Any = None
 
@@ -68,11 +72,11 @@ class Endpoint:
         try:
             reply, retries, seconds = await self.network.attempt(lambda: self._once(ask))
         except (Again, Refused) as e:
-            return Reply(error=self._hide(f"the judge failed: {' '.join(str(e).split())[:300]}"))
+            return Reply(error=f"the judge failed: {' '.join(self._hide(str(e)).split())[:300]}")
         return Reply(
             self._hide(reply.text),
             tuple((self._hide(t), p) for t, p in reply.top),
-            reply.finish,
+            self._hide(reply.finish),
             seconds=seconds,
             retries=retries,
         )
@@ -88,7 +92,7 @@ class Endpoint:
             )
             return reply_of(answer)
         except openai.APIStatusError as e:
-            why = f"status {e.status_code}: {_message(e)}"
+            why = f"status {e.status_code}: {self._hide(_message(e))[:200]}"
             if e.status_code in PASSING or e.status_code >= 500:
                 raise Again(why, retry_after(e.response.headers.get("retry-after"))) from None
             raise Refused(why) from None
@@ -103,14 +107,37 @@ class Endpoint:
         if self._client is None:
             from openai import AsyncOpenAI
 
-            key = os.environ.get(self.key_env) or NO_KEY
+            key = secret_of(self.key_env) or NO_KEY
             self._client = AsyncOpenAI(base_url=self.url, api_key=key, max_retries=0, timeout=self.limits.timeout)
         return self._client
 
     def _hide(self, text: str) -> str:
-        """An endpoint may quote the key that it was sent."""
-        key = os.environ.get(self.key_env) or ""
-        return text.replace(key, HIDDEN) if len(key) >= 4 else text
+        return hide(text, secret_of(self.key_env))
+
+
+def secret_of(variable: str) -> str:
+    """The key in an environment variable, without the blanks and the newline that a file leaves around it."""
+    return os.environ.get(variable, "").strip() if variable else ""
+
+
+def check_key(variable: str) -> None:
+    """Refuse a key that no header can carry; it would be quoted in an error otherwise."""
+    if not re.fullmatch(r"[!-~]*", secret_of(variable)):
+        raise ConfigError(
+            f"the environment variable {variable} holds blanks or characters beyond ASCII, which no key has; export it again"
+        )
+
+
+def hide(text: str, key: str) -> str:
+    """The text without the key, which whoever got it may quote, as it is or as JSON or an address would write it.
+
+    Before anything is cut off: the first half of a key is a secret too.
+    """
+    if len(key) < 4:
+        return text
+    for form in {key, json.dumps(key)[1:-1], repr(key)[1:-1], quote(key, safe="")}:
+        text = text.replace(form, HIDDEN)
+    return text
 
 
 def reply_of(answer: Any) -> Reply:
@@ -131,7 +158,7 @@ def _message(e: Any) -> str:
     body = e.body if isinstance(e.body, Mapping) else {}
     inner = body.get("error", body)
     text = inner.get("message") if isinstance(inner, Mapping) else inner
-    return str(text or e.response.text or e.message)[:200]
+    return str(text or e.response.text or e.message)
 
 
 def check_url(url: str, key: str = "judge.url") -> None:

@@ -17,14 +17,16 @@ from rlhf_cli.config import nearest
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.judges.ask import Ask, Reply, Sampling, key_of
 from rlhf_cli.judges.cache import Cache
-from rlhf_cli.judges.endpoint import Endpoint, check_url
+from rlhf_cli.judges.endpoint import Endpoint, check_key, check_url
 from rlhf_cli.judges.network import Limits
 from rlhf_cli.judges.rule import RULES, Rule
+from rlhf_cli.judges.strict import repeated
 
 BACKENDS = ("openai", "transformers", "rule")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("fp32", "bf16")
 CACHE_WORDS = ("run", "none")
+ECHO = Reply(error="the judge's reply only repeats what stands in the texts that it was shown")
 INSTALL = "pip install 'rlhf-cli[judge]'"
 
 
@@ -89,7 +91,7 @@ class Judge:
             replies[key] = wait.future.result()
             if not wait.stored:
                 self.cache.put(key, replies[key])
-        return [replies[key] for key in keys]
+        return [ECHO if repeated(replies[key], ask) else replies[key] for key, ask in zip(keys, asks, strict=True)]
 
     def check(self, asks: Sequence[Ask]) -> None:
         """Refuse a judge that cannot answer questions of these kinds, before training; each kind is tried once."""
@@ -187,6 +189,7 @@ def _check_endpoint(j: Any) -> None:
         raise ConfigError(
             "judge.key_env: wanted the name of an environment variable, such as OPENAI_API_KEY, never a key"
         )
+    check_key(j.key_env)
     if importlib.util.find_spec("openai") is None:
         raise ConfigError(f"judge.backend=openai: openai is not installed; type {INSTALL}")
 

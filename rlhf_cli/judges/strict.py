@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from rlhf_cli.judges.ask import Reply
+from rlhf_cli.judges.ask import Ask, Reply
 
 
 class Unreadable(ValueError):
@@ -61,6 +61,24 @@ def parse_object(text: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise Unreadable(f"the judge's reply is no JSON object: {text[:60]!r}")
     return found
+
+
+def repeated(reply: Reply, ask: Ask) -> bool:
+    """Whether the JSON of a reply stands word for word in the texts of its question: a response that holds a verdict, copied, is none.
+
+    Told only of forms with free text, where a verdict of the judge's own cannot be the same by chance.
+    """
+    if reply.error or ask.schema is None or not _has_free_text(ask.schema):
+        return False
+    text = reply.text.rpartition("</think>")[2]
+    found = "".join(text[text.find("{") : text.rfind("}") + 1].split())
+    return bool(found) and found in "".join(ask.user.split())
+
+
+def _has_free_text(schema: Mapping[str, Any]) -> bool:
+    if schema.get("type") == "string":
+        return "enum" not in schema
+    return any(map(_has_free_text, schema.get("properties", {}).values()))
 
 
 def integer(value: Any, low: int, high: int, what: str = "score") -> int:

@@ -6,10 +6,14 @@ import json
 import os
 import signal
 import socket
+import time
+from typing import Any
 
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.launch import queue
 from rlhf_cli.record.rundir import RunDir, now
+
+MOMENT = 0.2  # seconds after which a writer that was seen has written who it is, or is gone
 
 
 def cancel(rundir: RunDir) -> str:
@@ -30,8 +34,33 @@ def cancel(rundir: RunDir) -> str:
         return f"cancelled job {job}; to go on later: rlhf resume {rundir.path}"
     if not rundir.writer():
         raise ConfigError(f"cancel: nobody works on {rundir.path}; rlhf runs shows what it is")
-    writer = json.loads((rundir.path / ".lock").read_text(encoding="utf-8"))
+    return _ask(rundir)
+
+
+def _ask(rundir: RunDir) -> str:
+    """Ask the process that was seen to write a run to stop. Returns what was done."""
+    writer = _writer(rundir)
+    if writer is None:
+        return f"{rundir.path} has just ended; rlhf runs shows how"
     if writer["host"] != socket.gethostname():
         raise ConfigError(f"cancel: {rundir.path} runs on {writer['host']}; type rlhf cancel {rundir.path} there")
-    os.kill(writer["pid"], signal.SIGTERM)
+    try:
+        os.kill(writer["pid"], signal.SIGTERM)
+    except ProcessLookupError:
+        return f"{rundir.path} has just ended; rlhf runs shows how"
+    except PermissionError:
+        raise ConfigError(f"cancel: process {writer['pid']} of {rundir.path} belongs to another user") from None
     return f"asked process {writer['pid']} to stop after its step; to go on later: rlhf resume {rundir.path}"
+
+
+def _writer(rundir: RunDir) -> dict[str, Any] | None:
+    """Who writes a run, by its own word, which follows a moment after it took the lock; None when it has let go meanwhile."""
+    for wait in (0.0, MOMENT):
+        time.sleep(wait)
+        try:
+            return json.loads((rundir.path / ".lock").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+    if rundir.writer():
+        raise ConfigError(f"cancel: {rundir.path} is just starting; type it again")
+    return None

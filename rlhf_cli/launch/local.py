@@ -240,6 +240,7 @@ class Local:
         if task is not None and (task.world > 1 or cfg.hardware.processes == 1):
             if "SUBMITIT_EXECUTOR" not in os.environ:  # whose own command would be noted otherwise
                 os.environ.setdefault("RLHF_ARGV", step.argv())
+            step.warn_of_waiting(task)
             cfg.run.name = cfg.run.name or base_name(cfg.names, f"job{task.job}")  # a requeued job finds it again
             return step.run(cfg, task, freeze, Stop())
         place = place_of(cfg)

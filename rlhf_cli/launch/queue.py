@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
+import socket
 import subprocess
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from rlhf_cli.errors import ConfigError
 
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
+TOGETHER = re.compile(r"-\w*K1?|--kill[\w-]*(=1)?")  # how srun is told to end all tasks when one is killed
 ACTIVE = ("RUNNING", "COMPLETING", "SUSPENDED", "SIGNALING", "STAGE_OUT", "STOPPED", "RESIZING")
 
 
@@ -53,15 +59,29 @@ def jobs(ids: Iterable[str]) -> dict[str, Job] | None:
     return found
 
 
-def pending(ids: Iterable[str]) -> dict[str, Job]:
-    """Those of the jobs that wait or have processes. Raises ConfigError where there is a SLURM and it does not say."""
+def known(ids: Iterable[str]) -> dict[str, Job]:
+    """`jobs`, and none where there is no SLURM. Raises ConfigError where there is one and it does not say."""
     wanted = set(ids)
-    known = jobs(wanted)
-    if known is None and present():
+    found = jobs(wanted)
+    if found is None and present():
         raise ConfigError(
             f"SLURM does not say whether job {', '.join(sorted(wanted))} is still queued; try again in a minute"
         )
-    return {name: job for name, job in (known or {}).items() if job.waiting or job.active}
+    return found or {}
+
+
+def pending(ids: Iterable[str]) -> dict[str, Job]:
+    """Those of the jobs that wait or have processes; raises as `known` does."""
+    return {name: job for name, job in known(ids).items() if job.waiting or job.active}
+
+
+def printing_into(folder: Path) -> str:
+    """This user's job, waiting or at work, whose output lies in `folder`; empty where there is none."""
+    for line in _tell("squeue", f"--user={os.getuid()}", "--noheader", "--Format=JobID:32,StdOut:4096").splitlines():
+        job, _, output = line.partition(" ")
+        if Path(output.strip()).parent == folder:
+            return job
+    return ""
 
 
 def cancel(job: str) -> None:
@@ -80,6 +100,24 @@ def requeue(job: str) -> str:
 def hosts(nodelist: str) -> list[str]:
     """The machines of a list such as `gpu[1-3,7]`."""
     return _tell("scontrol", "show", "hostnames", nodelist).split()
+
+
+def ends_together(step: str) -> bool:
+    """Whether a step (12.0) ends as a whole when one task is killed, as far as the environment, srun's command or SLURM's settings tell."""
+    if os.environ.get("SLURM_KILL_BAD_EXIT", "0") != "0":
+        return True
+    srun = re.search(r"SrunHost:Pid=([^\s.:]+)\S*:(\d+)", _said("scontrol", "show", "step", step))
+    if srun and srun[1] == socket.gethostname().partition(".")[0]:
+        with suppress(OSError):
+            words = Path(f"/proc/{srun[2]}/cmdline").read_text(encoding="utf-8", errors="replace").split("\0")
+            if any(TOGETHER.fullmatch(word) for word in words):
+                return True
+    return re.search(r"^KillOnBadExit\s*= 1", _said("scontrol", "show", "config"), re.M) is not None
+
+
+def _said(*command: str) -> str:
+    done = _run(*command)
+    return done.stdout if done else ""
 
 
 def _tell(*command: str) -> str:

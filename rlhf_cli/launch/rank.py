@@ -15,10 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.launch.stop import SIGNALS, Stop, die_with_parent
-from rlhf_cli.record.heartbeat import STACKS
+from rlhf_cli.record.heartbeat import DUMP_TIME, STACKS
 from rlhf_cli.record.rundir import RunDir
-
-DUMP_TIME = 0.5  # seconds that a stuck rank gets to write its stacks
 
 
 def main(path: Path) -> int:

@@ -127,13 +127,10 @@ def _explain(
         return PREEMPTED
     if code == 0 and not problem:
         return 0
-    silent = ""
-    if rundir.silent.exists():  # a rank that wakes up while it writes its stacks finds the others gone
-        silent, since = rundir.silent.read_text(encoding="utf-8"), rundir.silent.stat().st_mtime_ns
-        errors = {path: when for path, when in errors.items() if when < since}
-    first = first_failure(errors)
+    silent, before_it = silence(rundir, errors)
+    first = first_failure(before_it)
     if first is None:
-        text = silenced(rundir, silent) or problem or f"the ranks ended with status {code}; see {rundir.logs}/*.log"
+        text = silent or problem or f"the ranks ended with status {code}; see {rundir.logs}/*.log"
         return _tell_user(rundir, place, text, PREEMPTED if silent else FAILED)
     rank, kind, text = first
     if kind in ("ConfigError", "GateError"):
@@ -163,6 +160,18 @@ def first_failure(errors: Mapping[Path, int]) -> tuple[int, str, str] | None:
 def follows(message: str) -> bool:
     """Whether an error only says that another rank is gone."""
     return any(word in message for word in CONSEQUENCES)
+
+
+def silence(rundir: RunDir, errors: Mapping[Path, int]) -> tuple[str, Mapping[Path, int]]:
+    """What to say where a rank was silent, else nothing; and the errors that are not consequences of it.
+
+    A rank that wakes up while it writes its stacks finds the others gone.
+    """
+    try:
+        reason, since = rundir.silent.read_text(encoding="utf-8"), rundir.silent.stat().st_mtime_ns
+    except FileNotFoundError:
+        return "", errors
+    return silenced(rundir, reason), {path: when for path, when in errors.items() if when < since}
 
 
 def silenced(rundir: RunDir, reason: str) -> str:

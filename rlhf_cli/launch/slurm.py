@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.errors import ConfigError
-from rlhf_cli.launch import step
+from rlhf_cli.launch import queue, step
+from rlhf_cli.launch.stop import undisturbed
 from rlhf_cli.record.rundir import RunDir, now
 
 LIMIT = re.compile(r"(?:(?P<d>\d+)-)?(?P<a>\d+)(?::(?P<b>\d\d?))?(?::(?P<c>\d\d?))?")
@@ -74,31 +75,42 @@ class Slurm:
         return known | ({"threads": cfg.hardware.threads or self.cpus_per_task} if self.cpus_per_task else {})
 
     def __call__(self, cfg: Any, freeze: Callable[[], RunDir]) -> int:
-        """Freeze the run, submit it, and return. The run stays locked until its job is written down: two commands submit once."""
+        """Freeze the run, submit it, and return.
+
+        The run stays locked and signals wait until its job is written down: two commands submit once, and no job is lost. What no
+        process can put off, SIGKILL, leaves a job behind that the next command finds in the queue.
+        """
         _check_here()
         self._executor(cfg, Path("unnamed"))  # settings are refused before anything is written
         os.environ.setdefault("RLHF_ARGV", step.argv())
         rundir = freeze()
         try:
-            job = self._submit(cfg, rundir)
+            with undisturbed():
+                said = self._submit(cfg, rundir)
+                print(f"rlhf: {said}; the run is {rundir.path}; follow it: rlhf logs {rundir.path} -f", flush=True)
         finally:
             rundir.release()  # the job claims it
-        print(f"rlhf: submitted job {job}; the run is {rundir.path}; follow it: rlhf logs {rundir.path} -f", flush=True)
         return 0
 
     def _submit(self, cfg: Any, rundir: RunDir) -> str:
-        """Hand a frozen run to the queue and note its job, which waits for the lock. Returns the job's id."""
+        """Hand a frozen run to the queue and note its job, which waits for the lock. Returns what was done."""
         for old in rundir.errors():  # of an earlier try
             old.unlink()
         path = rundir.path.resolve()
         executor = self._executor(cfg, path)
-        try:
-            with redirect_stderr(StringIO()):  # submitit prints what its exception says again
-                job = executor.submit(step.submitted, str(path), self.max_requeues).job_id
-        except Exception as e:  # sbatch's own words, behind submitit's
-            raise ConfigError(f"SLURM refused the job: {_words(e)}") from e
+        job = queue.printing_into(executor.folder) if executor.folder.exists() else ""
+        said = f"job {job} waits or works for this run already, submitted by a command that was killed"
+        if job:
+            _hand_over(executor, job, str(path), self.max_requeues)
+        else:
+            try:
+                with redirect_stderr(StringIO()):  # submitit prints what its exception says again
+                    job = executor.submit(step.submitted, str(path), self.max_requeues).job_id
+            except Exception as e:  # sbatch's own words, behind submitit's
+                raise ConfigError(f"SLURM refused the job: {_words(e)}") from e
+            said = f"submitted job {job}"
         rundir.write_json("job.json", {"job": job, "time": now()})
-        return job
+        return said
 
     def script(self, cfg: Any) -> str:
         """The batch script, as it would be submitted; an unnamed run is called NAME."""
@@ -183,6 +195,15 @@ def _executor_class() -> Any:
     return Executor
 
 
+def _hand_over(executor: Any, job: str, *arguments: Any) -> None:
+    """What a job does, which submitit writes after it has submitted: a command that was killed may not have come to that."""
+    from submitit.core.utils import DelayedSubmission, JobPaths
+
+    file = JobPaths(executor.folder, job_id=job).submitted_pickle
+    if not file.exists():
+        DelayedSubmission(step.submitted, *arguments).dump(file)
+
+
 def _check_here() -> None:
     if not shutil.which("sbatch") or not shutil.which("srun"):
         raise ConfigError(
@@ -194,5 +215,6 @@ def _words(e: Exception) -> str:
     """What sbatch said, without submitit's frame."""
     lines = [line.strip() for line in str(e).splitlines() if "error:" in line and "sbatch" in line]
     said = "; ".join(dict.fromkeys(line.split("error:", 1)[1].strip() for line in lines)) or str(e)
-    hint = " (without GPUs: hardware=cpu)" if "gres" in said.lower() or "gpu" in said.lower() else ""
+    asked = "partition" not in said and re.search(r"gres|gpu", said, re.I)  # a partition may be called gpu
+    hint = " (without GPUs: hardware=cpu)" if asked else ""
     return f"{said}{hint}"

@@ -134,6 +134,17 @@ def hardware(cfg: Any, step: Step) -> dict[str, Any]:
     return resolve_hardware(cfg, here=False)
 
 
+def warn_of_waiting(step: Step) -> None:
+    """Say once where srun would leave the others of a killed rank alone: in a collective they may wait for it until their time is up."""
+    if step.rank or step.world < 2 or queue.ends_together(f"{step.number}.{step.step}"):
+        return
+    print(
+        "rlhf: warning: should a rank be killed, srun will let the others wait for it; type srun --kill-on-bad-exit=1",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
 def _attempt(freeze: Callable[[], RunDir], step: Step) -> tuple[RunDir | None, str]:
     """The claimed run, or what was wrong: the other ranks wait for either."""
     try:

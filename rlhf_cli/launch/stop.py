@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rlhf_cli.launch.child import die_with
@@ -36,3 +37,23 @@ class Stop:
 def die_with_parent() -> None:
     """Have the kernel kill this process when its parent dies, however that happens (Linux only)."""
     die_with(os.getppid(), signal.SIGKILL)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Let signals wait until the end of the block, for this process and for what it starts inside; then they act as they would have.
+
+    Children inherit the mask, so that a terminal's Ctrl-C does not end them either. Handlers are put off as well, because what the
+    main thread blocks may reach another thread.
+    """
+    came: list[int] = []
+    handlers = {s: signal.signal(s, lambda number, frame: came.append(number)) for s in SIGNALS}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # those that were blocked are noted now
+        for s, handler in handlers.items():
+            signal.signal(s, signal.SIG_DFL if handler is None else handler)
+        for s in dict.fromkeys(came):
+            signal.raise_signal(s)

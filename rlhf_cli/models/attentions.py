@@ -90,7 +90,7 @@ def _flex(device: str) -> Callable[..., Any]:
 class Sequences:
     """A pack as sequences of queries, and the keys that each sees: prefixes with themselves, suffixes with prefix and self."""
 
-    queries: Tensor  # [Tq] flat positions, real prefixes first, as `Pack.order` has them
+    queries: Tensor  # [L] flat positions, those of the prefixes first
     keys: Tensor  # [Tk] flat positions
     query_ends: Tensor  # [n + 1] int32, 0 first
     key_ends: Tensor  # [n + 1] int32, 0 first
@@ -144,7 +144,7 @@ def flash_attention(varlen: Varlen | None = None) -> Callable[..., tuple[Tensor,
             softmax_scale=scaling,
             causal=True,
         )
-        return out[layout.order][None], None
+        return torch.zeros_like(out).index_copy(0, s.queries, out)[None], None  # every flat position is a query once
 
     return attend
 

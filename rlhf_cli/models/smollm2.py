@@ -37,6 +37,8 @@ def smollm2() -> Path:
 
     root = cache_root()
     folder = root / f"smollm2-135m-instruct-{GGUF_SHA256[:12]}"
+    if folder.exists() and not damage(folder):
+        return folder  # without the lock, which a stopped process may hold
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if folder.exists():

@@ -14,11 +14,13 @@ if TYPE_CHECKING:
 
 def describe(exp: Experience) -> dict[str, Any]:
     """The numbers of a batch. Sums are exact, so that no thread count matters; missing scores (NaN) are left out."""
+    from rlhf_cli.types import NAMES
+
     lengths = _numbers(exp.mask.sum(-1)) if exp.mask is not None else []
     row: dict[str, Any] = {}
     if exp.score is not None:
         row |= _score_row(_numbers(exp.score), _numbers(exp.group) if exp.group is not None else [])
-    parts = {k: _finite(_numbers(v)) for k, v in exp.components.items()}
+    parts = {k: _finite(_numbers(v)) for k, v in exp.components.items() if k.rpartition("/")[2] not in NAMES}
     row |= {f"component/{k}": mean(v) for k, v in parts.items() if v}
     if exp.reward is not None and len(exp):
         row["score/shaped"] = mean(_numbers(exp.reward.double().sum(-1)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import json
 import os
 import signal
 import socket
@@ -20,6 +21,7 @@ from rlhf_cli.record.rundir import RunDir, now
 EXIT = 75  # EX_TEMPFAIL: worth another try
 WRITE_EVERY = 10.0  # seconds between files while the phase stays; a change of phase is written within POLL
 POLL = 1.0
+DUMP_TIME = 0.5  # seconds that a process gets to write its stacks
 STACKS = signal.SIGQUIT  # writes the stacks, then ends the process: clusters warn of a time limit by SIGUSR1 or 2
 
 
@@ -27,7 +29,8 @@ class Heartbeat:
     """Watches one rank from a daemon thread: silence longer than `timeout` dumps every rank's Python stacks, then exits with 75.
 
     The silent rank writes logs/silent; the threads of the others see it, dump their own stacks and exit too. A rank whose interpreter lock is
-    stuck dumps on SIGQUIT, which its keeper sends; one without keeper is ended by a C-level timer at twice the limit (exit 1).
+    stuck dumps on SIGQUIT, which another rank of its machine sends, or its keeper; where neither is, a C-level timer ends it at twice the
+    limit (exit 1).
 
     Args:
         path: the run's folder; logs/heartbeat-rank-N.json and logs/rank-N.stacks go below it.
@@ -50,11 +53,12 @@ class Heartbeat:
         self.rank, self.ranks = rank, ranks
         self.timeout = timeout
         self.on_silence = on_silence
-        self.file = path / "logs" / f"heartbeat-rank-{rank}.json"
+        self.file = beat_file(path / "logs", rank)
         self.stacks = RunDir(path).stacks(rank)
         self.silent = RunDir(path).silent
         self._beat = (time.monotonic(), "start")
         self._stop = threading.Event()
+        self._ending = threading.Event()
         self._written = (0.0, "")
         self._thread: threading.Thread | None = None
 
@@ -74,6 +78,11 @@ class Heartbeat:
     def beat(self, phase: str | None = None) -> None:
         """Say that this rank is alive, in `phase` (None: the one it was in). Costs under a microsecond."""
         self._beat = (time.monotonic(), self._beat[1] if phase is None else phase)
+
+    def give_way(self) -> None:
+        """Before an error is told: where the watch ends this process for silence, the error follows from that, and nothing more is told."""
+        if self._ending.is_set():
+            time.sleep(60)  # the watch exits before
 
     def stop(self) -> None:
         """End the watch."""
@@ -108,29 +117,42 @@ class Heartbeat:
         if phase == before and polled - at < WRITE_EVERY:
             return
         self._written = (polled, phase)
-        who = {"rank": self.rank, "pid": os.getpid(), "host": socket.gethostname()}
+        who = {"rank": self.rank, "pid": os.getpid(), "born": born(os.getpid()), "host": socket.gethostname()}
         try:
             write_json_atomic(self.file, who | {"phase": phase, "silent_s": round(polled - beat, 1), "time": now()})
         except OSError:  # a full or absent disk must not stop the watch
             return
 
     def _give_up(self, reason: str, stacks: TextIO) -> None:
+        self._ending.set()
         self._dump(reason, stacks)
         with suppress(OSError):
             self.silent.write_text(reason, encoding="utf-8")
+        self._tell(reason)
+        self._dump(reason, sys.__stderr__)
+        self._end()
+
+    def _follow(self, silent: float, phase: str, stacks: TextIO) -> None:
+        """Another rank is silent: dump this one's stacks too, and end with it."""
+        self._ending.set()
+        self._dump(f"rank {self.rank} in phase {phase} for {silent:.0f} s", stacks)
+        with suppress(OSError):
+            self._tell(self.silent.read_text(encoding="utf-8"))
+        self._end()
+
+    def _tell(self, reason: str) -> None:
         if self.on_silence is not None:
             told = threading.Thread(target=self.on_silence, args=(reason,), daemon=True)
             told.start()
             told.join(timeout=5)
-        self._dump(reason, sys.__stderr__)
-        if self.ranks > 1:
-            time.sleep(3 * POLL)  # the first exit ends the others, which must have seen the file before
-        os._exit(EXIT)
 
-    def _follow(self, silent: float, phase: str, stacks: TextIO) -> None:
-        """Another rank is silent: dump this one's stacks too, and end with it."""
-        self._dump(f"rank {self.rank} in phase {phase} for {silent:.0f} s", stacks)
-        time.sleep(3 * POLL)
+    def _end(self) -> None:
+        """Leave, when every rank of this machine has written its stacks; the first exit ends the others."""
+        if self.ranks > 1:
+            time.sleep(3 * POLL)  # they must have seen the file before
+            with suppress(Exception):  # the exit matters more
+                told = wake(self.file.parent, self.rank, self.ranks)
+                time.sleep(DUMP_TIME if told else 0)
         os._exit(EXIT)
 
     def _dump(self, reason: str, out: TextIO | None) -> None:
@@ -139,3 +161,36 @@ class Heartbeat:
             faulthandler.dump_traceback(file=out, all_threads=True)  # type: ignore[arg-type]
         except (OSError, ValueError, AttributeError):  # no file behind the stream; the exit matters more
             return
+
+
+def born(pid: int) -> int:
+    """When a process began, in ticks since the machine did, which tells it from a later one of the same number; -1: unknown or over."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return -1
+    state, *fields = text.rpartition(")")[2].split()
+    return -1 if state == "Z" else int(fields[18])
+
+
+def wake(logs: Path, rank: int, ranks: int) -> list[int]:
+    """Have the ranks of this machine that wrote no stacks write them, whatever they hold; of those that did the first sends (Linux only).
+
+    Returns the ranks that were told.
+    """
+    seen = [json.loads(p.read_text(encoding="utf-8")) for i in range(ranks) if (p := beat_file(logs, i)).exists()]
+    here = [b for b in seen if b["host"] == socket.gethostname() and b.get("born") == born(b["pid"]) >= 0]
+    stacks = {b["rank"]: logs / f"rank-{b['rank']}.stacks" for b in here}
+    wrote = [r for r, path in stacks.items() if path.exists() and path.stat().st_size > 0]
+    if rank != min(wrote, default=rank):
+        return []
+    mute = [b for b in here if b["rank"] not in (*wrote, rank)]
+    for b in mute:
+        with suppress(ProcessLookupError):
+            os.kill(b["pid"], STACKS)
+    return [b["rank"] for b in mute]
+
+
+def beat_file(logs: Path, rank: int) -> Path:
+    """Where a rank says that it lives."""
+    return logs / f"heartbeat-rank-{rank}.json"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TextIO
 
 Row = Mapping[str, Any]
-BETWEEN = ("load", "evaluate", "checkpoint", "export")  # phases that are not part of a step
+BETWEEN = ("load", "prepass", "evaluate", "checkpoint", "export")  # phases that are not part of a step
 WINDOW = 20  # steps behind the median step time
 SPARKS = "▁▂▃▄▅▆▇█"
 

@@ -28,6 +28,14 @@ _NUMBER = re.compile(r"[-+]?[\d._]+([eE][-+]?\d+)?|true|false|null|none|\?\?\?|"
 _PAIR = re.compile(r"""(?P<key>[\w.-]+)(?P<middle>["']?\s*[=:]\s*["']?)(?P<value>[^\s,{}\[\]"']+)""")
 
 
+_named: set[str] = set()  # environment variables that hold a secret whatever they are called
+
+
+def keep_secret(variable: str) -> None:
+    """From now on the value of this environment variable is a secret, as `judge.key_env=NAME` says of NAME."""
+    _named.add(variable)
+
+
 def is_secret_key(key: str) -> bool:
     """Whether a text under this key is a secret: `judge.api_key` is, `pad_token` and `max_tokens` are not."""
     leaf = key.rpartition(".")[2]
@@ -56,6 +64,11 @@ def redact_text(text: str) -> str:
     return _redact_value(_PAIR.sub(pair, text), "")
 
 
+def hide_secrets(text: str) -> str:
+    """`text` without values of secret environment variables and known shapes; code and paths in it stay as they are."""
+    return _redact_value(text, "")
+
+
 def redact_argv(argv: Sequence[str]) -> list[str]:
     """A command line without secrets: `key=VALUE`, `--api-key VALUE`, `--token=VALUE`, `key={api_key: VALUE}`."""
     done: list[str] = []
@@ -73,7 +86,7 @@ def redact_argv(argv: Sequence[str]) -> list[str]:
 
 
 def _redact_value(value: str, key: str) -> str:
-    exact, inside = _environment_secrets(tuple(sorted(os.environ.items())))
+    exact, inside = _environment_secrets(tuple(sorted(os.environ.items())), frozenset(_named))
     if value in exact:
         return MARK
     for secret in inside:
@@ -88,11 +101,14 @@ def _hex40(m: re.Match[str], key: str) -> str:
 
 
 @lru_cache(maxsize=4)
-def _environment_secrets(environment: tuple[tuple[str, str], ...]) -> tuple[frozenset[str], tuple[str, ...]]:
+def _environment_secrets(
+    environment: tuple[tuple[str, str], ...], named: frozenset[str]
+) -> tuple[frozenset[str], tuple[str, ...]]:
     """Values of secret variables: those replaced when equal, and those long enough to be replaced inside texts."""
     found = {
         v
-        for k, v in environment
-        if is_secret_key(k) and len(v) >= 4 and not _NUMBER.fullmatch(v) and not v.startswith("/")
+        for k, raw in environment
+        for v in (raw.strip(),)  # a file leaves a newline behind
+        if (k in named or is_secret_key(k)) and len(v) >= 4 and not _NUMBER.fullmatch(v) and not v.startswith("/")
     }
     return frozenset(found), tuple(sorted((v for v in found if len(v) >= 8), key=len, reverse=True))

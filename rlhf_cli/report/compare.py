@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -308,8 +308,8 @@ def _record(metric: str, row: Row, keys: Sequence[str]) -> list[Any]:
 
 
 def main(words: Sequence[str]) -> int:
-    """`rlhf compare DIR|RUN... [baseline=...] [metric=...] [csv=FILE] [plot=FILE]`."""
-    options = {"baseline": "", "metric": "", "csv": "", "plot": ""}
+    """`rlhf compare DIR|RUN... [baseline=...] [metric=...] [csv=FILE] [plot=FILE] [frontier=FILE]`."""
+    options = {"baseline": "", "metric": "", "csv": "", "plot": "", "frontier": ""}
     paths = []
     for word in words:
         key, equals, value = word.partition("=")
@@ -323,12 +323,28 @@ def main(words: Sequence[str]) -> int:
         raise ConfigError("compare: which runs? type rlhf compare DIR or RUN ..., e.g. rlhf compare runs/sweeps/NAME")
     found = compare(paths, baseline=options["baseline"], metric=options["metric"])
     print(text(found))
+    written = _write(found, options)
+    if written:
+        print("\n" + "\n".join(written))
+    return 0
+
+
+def _write(found: Comparison, options: Mapping[str, str]) -> list[str]:
+    """The files that were asked for; a sentence about each."""
+    said = []
+    configurations = [r.configuration for r in found.rows]
     if options["csv"]:
         write_csv(found, Path(options["csv"]))
-        print(f"\nthe table is in {options['csv']}")
+        said.append(f"the table is in {options['csv']}")
     if options["plot"]:
-        from rlhf_cli.report.curves import draw
+        from rlhf_cli.report import curves
 
-        draw([r.configuration for r in found.rows], found.metric, Path(options["plot"]))
-        print(f"{'' if options['csv'] else chr(10)}the curves are in {options['plot']}")
-    return 0
+        curves.draw(configurations, found.metric, Path(options["plot"]))
+        said.append(f"the curves are in {options['plot']}")
+    if options["frontier"]:
+        from rlhf_cli.report import frontier
+
+        without = frontier.draw(configurations, found.metric, Path(options["frontier"]))
+        said.append(f"the frontier is in {options['frontier']}")
+        said += [f"left out, it logged no KL from a reference: {c.label}" for c in without]
+    return said

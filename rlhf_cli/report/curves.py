@@ -17,25 +17,22 @@ DASHES = ("-", "--", ":", "-.")
 
 def draw(configurations: Sequence[Configuration], metric: str, path: Path) -> None:
     """Write a picture: one row of panels per reward; left the metric, right the reward of training, by step."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError(f"plot={path}: needs matplotlib; type: pip install 'rlhf-cli[plot]'") from None
+    figures = figure_class("plot", path)
     shown = [c for c in configurations if c.runs]
-    rewards = list(dict.fromkeys(_reward(c) for c in shown))
+    rewards = list(dict.fromkeys(reward_of(c) for c in shown))
     metrics = list(dict.fromkeys((metric, "score/mean")))
     metrics = [m for m in metrics if any(r.series(m) for c in shown for r in c.runs)]
     size = (5.2 * len(metrics), 3.2 * len(rewards) + 0.15 * len(shown) + 0.4)
-    figure = Figure(figsize=size, layout="constrained")
+    figure = figures(figsize=size, layout="constrained")
     panels = figure.subplots(len(rewards), len(metrics), squeeze=False, sharex=True)
-    names = {id(c): _name(c, several_rewards=len(rewards) > 1) for c in shown}
+    names = {id(c): name_of(c, several_rewards=len(rewards) > 1) for c in shown}
     order = list(dict.fromkeys(names.values()))
     lines = {}
     for row, reward in zip(panels, rewards, strict=True):
         for panel, name in zip(row, metrics, strict=True):
-            _panel(panel, name, f"reward={reward}" if len(rewards) > 1 else "")
-            for c in (x for x in shown if _reward(x) == reward):
-                lines[names[id(c)]] = _curve(panel, c, name, _style(order.index(names[id(c)])))
+            prepared(panel, name, f"reward={reward}" if len(rewards) > 1 else "")
+            for c in (x for x in shown if reward_of(x) == reward):
+                lines[names[id(c)]] = _curve(panel, c, name, style_of(order.index(names[id(c)])))
     for panel in panels[-1]:
         panel.set_xlabel("step")
     several = max(len(c.runs) for c in shown) > 1 if shown else False
@@ -43,28 +40,45 @@ def draw(configurations: Sequence[Configuration], metric: str, path: Path) -> No
     figure.legend(
         lines.values(), lines.keys(), loc="outside lower center", ncols=min(2, len(lines)), frameon=False, title=note
     )
+    save(figure, "plot", path)
+
+
+def figure_class(word: str, path: Path) -> Any:
+    """matplotlib's Figure; `word` is the setting that wants it."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError(f"{word}={path}: needs matplotlib; type: pip install 'rlhf-cli[plot]'") from None
+    return Figure
+
+
+def save(figure: Any, word: str, path: Path) -> None:
+    """Write the picture, in the format of its ending."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         figure.savefig(path, dpi=150)
     except ValueError as e:
-        raise ConfigError(f"plot={path}: {str(e).splitlines()[0]}; e.g. plot=curves.png") from None
+        raise ConfigError(f"{word}={path}: {str(e).splitlines()[0]}; e.g. {word}={word}.png") from None
 
 
-def _reward(c: Configuration) -> str:
+def reward_of(c: Configuration) -> str:
+    """The name of its reward."""
     return str(c.any.config.get("names", {}).get("reward", ""))
 
 
-def _name(c: Configuration, *, several_rewards: bool) -> str:
+def name_of(c: Configuration, *, several_rewards: bool) -> str:
     """Its label; where each reward has its panels, without the reward, so that a method keeps its color."""
     kept = {k: v for k, v in c.settings.items() if k != "reward" or not several_rewards}
     return ", ".join(f"{k}={v}" for k, v in kept.items()) or c.label
 
 
-def _style(i: int) -> dict[str, Any]:
+def style_of(i: int) -> dict[str, Any]:
+    """Color and dashes of the i-th line."""
     return {"color": COLORS[i % len(COLORS)], "linestyle": DASHES[i // len(COLORS) % len(DASHES)]}
 
 
-def _panel(panel: Any, metric: str, title: str) -> None:
+def prepared(panel: Any, metric: str, title: str) -> None:
+    """Label a panel."""
     panel.set_ylabel({"score/mean": "score/mean, training"}.get(metric, metric))
     panel.set_title(title, fontsize="medium", loc="left")
     panel.grid(color="0.9", linewidth=0.8)
@@ -74,7 +88,7 @@ def _panel(panel: Any, metric: str, title: str) -> None:
 
 def _curve(panel: Any, c: Configuration, metric: str, style: Mapping[str, Any]) -> Any:
     """The mean over the seeds that reached a step, smoothed where rows are many."""
-    seeds = [dict(_smooth(r.series(metric))) for r in c.runs]
+    seeds = [dict(smooth(r.series(metric))) for r in c.runs]
     steps = sorted(set.intersection(*(set(s) for s in seeds))) if seeds else []
     values = [[s[step] for s in seeds] for step in steps]
     mean = [math.fsum(v) / len(v) for v in values]
@@ -86,7 +100,7 @@ def _curve(panel: Any, c: Configuration, metric: str, style: Mapping[str, Any]) 
     return line
 
 
-def _smooth(series: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+def smooth(series: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     """A centred moving mean over a tenth of long series, so that curves can be told apart."""
     half = len(series) // 20 if len(series) > 30 else 0
     found = []

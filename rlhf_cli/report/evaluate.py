@@ -12,13 +12,14 @@ import torch
 
 from rlhf_cli.data.record import Record
 from rlhf_cli.engine.comm import Comm
+from rlhf_cli.report.diversity import diversity
 from rlhf_cli.rollout.sampler import Decoding, Sampler
 from rlhf_cli.sources.assemble import sample_of, texts_of
 from rlhf_cli.sources.episodes import grouped, play
 from rlhf_cli.sources.play import Player, with_wave
 from rlhf_cli.sources.sampled import draw, early, row_seed
 from rlhf_cli.stages import score_sharded
-from rlhf_cli.types import Experience, Sample, Scorer
+from rlhf_cli.types import NAMES, Experience, Sample, Scorer
 
 Row = dict[str, Any]
 
@@ -106,9 +107,10 @@ def generate_and_score(
         scorer, Experience(samples=samples, ids=torch.zeros(len(rows), 1, dtype=torch.int64), group=group), comm
     )
     missing = scores.missing if scores.missing is not None else torch.zeros(len(rows), dtype=torch.bool)
+    parts = {c: x for c, x in scores.components.items() if c.rpartition("/")[2] not in NAMES}
     for n, row in enumerate(rows):
         row["score"] = None if missing[n] else float(scores.value[n])
-        row["components"] = {c: float(x[n]) for c, x in scores.components.items() if not torch.isnan(x[n])}
+        row["components"] = {c: float(x[n]) for c, x in parts.items() if not torch.isnan(x[n])}
     return rows
 
 
@@ -130,8 +132,8 @@ def _dialogues(
     return rows, samples, grouped(played)
 
 
-def summarise(rows: Sequence[Row], resamples: int) -> dict[str, float]:
-    """Means over rows: score with its interval, each component, length, truncation."""
+def summarise(rows: Sequence[Row], resamples: int, varied: bool = False) -> dict[str, float]:
+    """Means over rows: score with its interval, each component, length, truncation; how `varied` they are, where asked."""
     scored = by_prompt(rows)
     found = {
         "tokens": sum(r["tokens"] for r in rows) / len(rows),
@@ -149,7 +151,7 @@ def summarise(rows: Sequence[Row], resamples: int) -> dict[str, float]:
     for c in names:
         have = [r["components"][c] for r in rows if c in r.get("components", {})]
         found[f"reward/{c}"] = sum(have) / len(have)
-    return found
+    return found | ({f"diversity/{k}": v for k, v in diversity(rows).items()} if varied else {})
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -81,6 +81,7 @@ def _pour(path: Path, at: int) -> int:
     with path.open("rb") as f:
         f.seek(at if at <= os.fstat(f.fileno()).st_size else 0)
         data = f.read()
-        sys.stdout.write(data.decode("utf-8", errors="replace"))
+        lines = data.decode("utf-8", errors="replace").splitlines(keepends=True)
+        sys.stdout.write("".join(line for line in lines if not line.startswith("submitit ")))
         sys.stdout.flush()
         return f.tell()

@@ -18,11 +18,19 @@ from typing import Any
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.launch import queue
 from rlhf_cli.launch.rank import obituary
-from rlhf_cli.launch.ranks import first_failure, follows
+from rlhf_cli.launch.ranks import first_failure, follows, silence
 from rlhf_cli.record.progress import Pace, duration, number
 from rlhf_cli.record.rundir import RunDir
 
 ENDED = ("finished", "failed", "cancelled", "preempted", "dead", "lost", "not started")
+NEVER = {  # reasons for which a job waits that no time will remove
+    "PartitionTimeLimit": "its partition allows less time: sinfo; rlhf cancel {0}, then rlhf resume {0} launcher.time=TIME",
+    "PartitionNodeLimit": "its partition allows other numbers of machines: sinfo; rlhf cancel {0}, then rlhf resume {0} launcher.nodes=N",
+    "PartitionConfig": "its partition has no such machine: sinfo; rlhf cancel {0}, then rlhf resume {0} launcher.partition=NAME",
+    "BadConstraints": "no machine is such: rlhf cancel {0}, then rlhf resume {0} launcher.constraint=null",
+    "JobHeldUser": "held: scontrol release {1}",
+    "JobHeldAdmin": "held by an administrator",
+}
 FRESH = 60.0  # seconds: a rank's heartbeat is written every 10
 TAIL = 1 << 16  # bytes of metrics.jsonl that are read
 RAISED = re.compile(r"rlhf: error: |[\w.]+(?:Error|Exception): ")
@@ -136,7 +144,8 @@ def _of_job(
         )
     found = jobs.get(str(job["job"]))
     if found and found.waiting:
-        return ("requeued" if said else "queued"), found.reason
+        what = NEVER.get(found.reason, "").format(rundir.path, job["job"])
+        return ("requeued" if said else "queued"), found.reason + (what and f"; {what}")
     if said in ("finished", "failed"):  # the job may need a while to end
         return said, "" if said == "finished" else first_error(rundir) or str(rundir.status().get("reason", ""))
     if found and found.active and not job.get("cancelled"):
@@ -160,7 +169,10 @@ def _gone(rundir: RunDir, said: str, found: queue.Job | None, again: str) -> tup
 
 def first_error(rundir: RunDir) -> str:
     """What ended the rank that failed first, in one line; the others' errors follow from it."""
-    first = first_failure(rundir.errors())
+    silent, errors = silence(rundir, rundir.errors())
+    first = first_failure(errors)
+    if first is None and silent:  # whoever was killed after it was killed for it
+        return silent
     if first is None or follows(f"{first[1]}: {first[2]}"):  # a rank that was killed could not write down why
         died = _died(rundir)
         if died:

@@ -9,6 +9,7 @@ from typing import Any
 
 from rlhf_cli.config import load_config
 from rlhf_cli.record.metrics import read
+from rlhf_cli.record.progress import duration
 from rlhf_cli.report.evaluate import Row, bootstrap, by_prompt, paired, read_rows
 
 WIDTH = 100
@@ -18,7 +19,7 @@ def text(path: Path) -> str:
     """The closing report of a run directory."""
     cfg = load_config(path)
     files = sorted(f for f in path.glob("heldout-*.jsonl") if int(f.stem.rpartition("-")[2]) <= cfg.steps)
-    lines = ["", f"Run {path}: {cfg.steps} steps, {_minutes(path)}"]
+    lines = ["", f"Run {path}: {cfg.steps} steps, {_time(path)}"]
     if len(files) >= 2:
         lines += ["", *_gain(read_rows(files[0]), read_rows(files[-1]), cfg)]
     lines += _recorded(path)
@@ -95,7 +96,7 @@ def _next(path: Path, cfg: Any, sampled: bool) -> list[str]:
     ]
 
 
-def _minutes(path: Path) -> str:
+def _time(path: Path) -> str:
     rows = read(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else []
     seconds = sum(r.get("time/step", 0.0) + r.get("time/between", 0.0) for r in rows)
-    return f"{seconds / 60:.1f} minutes"
+    return duration(seconds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -85,6 +86,19 @@ class Combined:
             begin = getattr(scorer, "begin", None)
             if begin is not None:
                 begin(samples)
+
+    def settle(self, scores: Scores, samples: Sequence[Sample], group: Tensor) -> Scores:
+        """A step is scored and whole on every rank: scorers whose values count relative to a step's give those that count."""
+        settled = {
+            name: _column(name, scorer.settle(scores.components[name]), samples)  # type: ignore[attr-defined]
+            for name, (_, scorer) in self.scorers.items()
+            if hasattr(scorer, "settle")
+        }
+        if not settled:
+            return scores
+        components = {**scores.components, **settled}
+        value = self._value(components, samples, group)
+        return replace(scores, value=value, missing=value.isnan(), components=components)
 
     def observe(self, samples: Sequence[Sample], scores: Scores, comm: Any) -> None:
         """A step is scored: scorers that change with training see every sample and their own raw values, on every rank."""

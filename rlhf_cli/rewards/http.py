@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -14,8 +13,9 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from rlhf_cli.errors import ConfigError
-from rlhf_cli.judges.endpoint import HIDDEN, PASSING, check_url
+from rlhf_cli.judges.endpoint import PASSING, check_key, check_url, hide, secret_of
 from rlhf_cli.judges.network import Again, Limits, Network, Refused, retry_after
+from rlhf_cli.record.redact import keep_secret
 from rlhf_cli.rewards.per_sample import Row, groups_of, scored
 from rlhf_cli.types import Sample, Scores
 
@@ -116,11 +116,10 @@ class Http:
         try:
             answer, retries, seconds = await self.network.attempt(lambda: self._once(body))
         except (Again, Refused) as e:
-            why = self._hide(f"the server failed: {' '.join(str(e).split())[:300]}")
+            why = f"the server failed: {' '.join(self._hide(str(e)).split())[:300]}"
             again = self.network.limits.retries if isinstance(e, Again) else 0
             return Found([Row(None, reason=why)] * len(samples), again, 0.0, True)
-        rows = read_answer(answer, len(samples))
-        return Found([r._replace(reason=self._hide(r.reason)) for r in rows], retries, seconds)
+        return Found(read_answer(answer, len(samples)), retries, seconds)
 
     async def _once(self, body: bytes) -> Any:
         import httpx
@@ -134,19 +133,17 @@ class Http:
         if answer.status_code in PASSING or answer.status_code >= 500:
             raise Again(f"status {answer.status_code}", retry_after(answer.headers.get("retry-after")))
         if answer.status_code != 200:
-            raise Refused(f"status {answer.status_code}: {answer.text[:100]}")
+            raise Refused(f"status {answer.status_code}: {self._hide(answer.text)[:100]}")
         try:
-            return answer.json()
+            return json.loads(self._hide(answer.text))
         except ValueError:
             raise Again("its answer is no JSON") from None
 
     def _key(self) -> str:
-        return os.environ.get(self.key_env, "") if self.key_env else ""
+        return secret_of(self.key_env)
 
     def _hide(self, text: str) -> str:
-        """A server may quote the key that it was sent."""
-        key = self._key()
-        return text.replace(key, HIDDEN) if len(key) >= 4 else text
+        return hide(text, self._key())
 
 
 def _check_key(name: str) -> None:
@@ -154,7 +151,9 @@ def _check_key(name: str) -> None:
         return
     if not re.fullmatch(r"[A-Z][A-Z0-9_]*", name):
         raise ConfigError("reward.http.key_env: wanted the name of an environment variable, never a key")
-    if not os.environ.get(name):
+    check_key(name)
+    keep_secret(name)
+    if not secret_of(name):
         raise ConfigError(
             f"reward.http.key_env={name}: the environment variable is not set; export it, or name another"
         )

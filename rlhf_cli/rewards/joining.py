@@ -19,6 +19,7 @@ from rlhf_cli.types import Experience, Scores
 
 Rule = Callable[..., Tensor]
 NO_REFERENCE = "no response of the initial policy to its prompt could be scored"
+NO_CANNED = "the canned answer to its prompt could not be scored"
 
 
 def by_rule(rule: Rule, values: Tensor, weights: Tensor, extra: Mapping[str, Tensor]) -> Tensor:
@@ -96,6 +97,7 @@ class Joining:
     def __post_init__(self) -> None:
         self.names = [n for n, w in self.weights.items() if w]
         self.weight = torch.tensor([self.weights[n] for n in self.names])
+        self.told: dict[str, float] = {}  # numbers of the last step
         if hasattr(self.rule, "names"):
             self.rule.names = self.names
 
@@ -104,34 +106,50 @@ class Joining:
         if not self.names:  # all of them are only logged
             return replace(exp, score=torch.zeros(len(exp))), {}
         raw = [scores.components[n] for n in self.names]
-        values, ref, exp = self._shaped(raw, exp)
-        values, ref = self._normalised(values, ref, exp)
+        values, ref, canned, exp = self._shaped(raw, exp)
+        offset, spread = self._units(values, ref, exp)
+        values, ref, canned = (
+            (values - offset) / spread,
+            None if ref is None else (ref - offset[:, None]) / spread,
+            None if canned is None else (canned - offset) / spread,
+        )
         extra = extras(self.rule, self.names, scores.components, exp.samples, exp.group)
         score = by_rule(self.rule, values, self.weight, extra)
         exp = replace(exp, score=score, span_reward=self._placed(scores, exp))
         lost: dict[int, str] = {}
         if ref is not None:
             lost = dict.fromkeys(ref.isnan().all(1).all(-1).nonzero().flatten().tolist(), NO_REFERENCE)
-            score[list(lost)] = float("nan")
+        if canned is not None:
+            lost |= dict.fromkeys(canned.isnan().all(-1).nonzero().flatten().tolist(), NO_CANNED)
+        score[list(lost)] = float("nan")
         if self.keep_references and ref is not None:
             exp = replace(exp, ref_scores=self._references(ref, exp, extra))
+        if self.keep_references and canned is not None:
+            exp = replace(exp, canned_score=by_rule(self.rule, canned, self.weight, extra))
         self._tell(values, raw)
         return exp, lost
 
-    def _shaped(self, raw: Sequence[Tensor], exp: Experience) -> tuple[Tensor, Tensor | None, Experience]:
-        """Sources [N, S] after their own shapers, and those of the references [N, R, S]."""
-        if self.references is None:
-            looked: Any = None
-        else:
-            looked = self.references().lookup(exp.samples, self.names)
-            exp = replace(exp, ref_length=looked.length)
-        values, refs = [], []
+    def _shaped(
+        self, raw: Sequence[Tensor], exp: Experience
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Experience]:
+        """Sources [N, S] after their own shapers, those of the references [N, R, S] and of the canned answer [N, S]."""
+        found = None if self.references is None else self.references().lookup(exp.samples, self.names)
+        sampled = found is not None and found.length.shape[1] > 0
+        if found is not None and sampled:
+            exp = replace(exp, ref_length=found.length)
+        ones = []
         for i, name in enumerate(self.names):
-            one = replace(exp, score=raw[i], ref_scores=None if looked is None else looked.values[..., i])
-            shaped = self._own(name, one)
-            values.append(shaped.score)
-            refs.append(shaped.ref_scores)
-        return torch.stack(values, -1), None if looked is None else torch.stack(refs, -1), exp
+            one = replace(exp, score=raw[i])
+            if found is not None and sampled:
+                one = replace(one, ref_scores=found.values[..., i])
+            if found is not None and found.canned is not None:
+                one = replace(one, canned_score=found.canned[:, i])
+            ones.append(self._own(name, one))
+        refs = torch.stack([x.ref_scores for x in ones], -1) if sampled else None
+        canned = (
+            torch.stack([x.canned_score for x in ones], -1) if found is not None and found.canned is not None else None
+        )
+        return torch.stack([x.score for x in ones], -1), refs, canned, exp
 
     def _own(self, name: str, exp: Experience) -> Experience:
         """One source through its slot, on the rows that have it."""
@@ -139,44 +157,39 @@ class Joining:
         there = ~exp.score.isnan()
         if exp.ref_scores is not None:
             there &= ~exp.ref_scores.isnan().all(-1)
+        if exp.canned_score is not None and (self.keep_references or any("canned_score" in needs(f) for f in shapers)):
+            there &= ~exp.canned_score.isnan()
         rows = there.nonzero().flatten()
         if not shapers or not len(rows):
             return exp
         keep = self.keep_references or self.center == "reference" or self.scale == "reference"
         done, _ = apply(shapers, exp.rows(rows), keep_references=keep, after=lambda fn: self._told(name, fn))
-        score = torch.full_like(exp.score, float("nan"))
-        score[rows] = done.score.to(score.dtype)
-        if exp.ref_scores is None:
-            return replace(exp, score=score)
-        refs = exp.ref_scores.clone()
-        refs[rows] = done.ref_scores
-        return replace(exp, score=score, ref_scores=refs)
+        made = {"score": torch.full_like(exp.score, float("nan"))}
+        made |= {k: x.clone() for k in ("ref_scores", "canned_score") if (x := getattr(exp, k)) is not None}
+        for k, x in made.items():
+            x[rows] = getattr(done, k).to(x.dtype)
+        return replace(exp, **made)
 
     def _told(self, name: str, fn: Any) -> None:
         self.count({f"{name}/{k}": v for k, v in (getattr(fn, "stats", None) or {}).items()}, "shaping")
 
-    def _normalised(self, values: Tensor, ref: Tensor | None, exp: Experience) -> tuple[Tensor, Tensor | None]:
-        """Each source without its offset and in units of its spread."""
+    def _units(self, values: Tensor, ref: Tensor | None, exp: Experience) -> tuple[Tensor, Tensor]:
+        """What is taken off each source [N, S], and the spread [S] that it is divided by."""
+        offset, spread = torch.zeros_like(values), torch.ones(values.shape[1])
         if self.center == "group":
             present = (~values.isnan().any(-1)).nonzero().flatten()
             offset = torch.full_like(values, float("nan"))
             offset[present] = values[present] - centre(values[present], exp.group[present])
-            values = values - offset
-            ref = None if ref is None else ref - offset[:, None]
         elif self.center == "reference":
             assert ref is not None
             offset = ref.nanmean(1)  # [N, S]
-            values, ref = values - offset, ref - offset[:, None]
         if self.scale == "batch":
-            seen = values[~values.isnan().any(-1)]
-            spread = seen.std(0, correction=0) if len(seen) else torch.ones(values.shape[1])
+            seen = (values - offset)[~values.isnan().any(-1)]
+            spread = seen.std(0, correction=0) if len(seen) else spread
         elif self.scale == "reference":
             assert ref is not None and self.references is not None
             spread = self.references().spread(self.names)
-        else:
-            return values, ref
-        spread = torch.where(spread > 0, spread, 1.0)
-        return values / spread, None if ref is None else ref / spread
+        return offset, torch.where(spread > 0, spread, 1.0)
 
     def _references(self, ref: Tensor, exp: Experience, extra: Mapping[str, Tensor]) -> Tensor:
         """[N, R]: the combined score of the references."""
@@ -200,8 +213,9 @@ class Joining:
 
     def _tell(self, values: Tensor, raw: Sequence[Tensor]) -> None:
         seen = values[~values.isnan().any(-1)]
-        if len(self.names) > 1 and len(seen):
-            self.count({"ensemble_std": float((seen * self.weight).std(-1).mean())}, "reward")
+        several = len(self.names) > 1 and len(seen)
+        self.told = {"ensemble_std": float((seen * self.weight).std(-1).mean())} if several else {}
+        self.count(self.told, "reward")
         learn = getattr(self.rule, "learn", None)
         if learn is None:
             return

@@ -66,6 +66,14 @@ def words(text: str) -> list[str]:
     return _TOKEN.findall(text)
 
 
+def plain_meteor() -> Callable[[list[str], list[str]], float]:
+    """METEOR of (reference, hypothesis) as lists of words, with the usual 0.9, 3 and 0.5; exact and stem matches."""
+    from nltk.translate.meteor_score import single_meteor_score
+
+    settings: Any = {"stemmer": _stems(), "wordnet": _NoSynonyms(), "alpha": 0.9, "beta": 3.0, "gamma": 0.5}
+    return lambda reference, hypothesis: float(single_meteor_score(reference, hypothesis, **settings))
+
+
 class _NoSynonyms:
     """A WordNet in which no word has a sense."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -18,6 +18,7 @@ from rlhf_cli.judges.text import GUARD, conversation, fenced, unit_hash
 from rlhf_cli.record.files import write_text_atomic
 from rlhf_cli.rewards.judge import Asking, reading, text_of
 from rlhf_cli.rewards.per_sample import Row
+from rlhf_cli.shaping.running import Moments
 from rlhf_cli.types import Sample
 
 _ITEM = re.compile(r"<item>\s*(.*?)\s*</item>", re.S)
@@ -65,7 +66,9 @@ class Mpo(Asking):
     After `interval` scored steps a meta judge (judge.meta_model) analyses `cases` responses drawn uniformly from those
     steps, rewrites the rubric for each, how many criteria first, and merges the rewritten ones; the new rubric holds from the next step
     on, on all ranks. One that cannot be read keeps the old. Every version is kept in the run's rubrics/ folder, and `rubric_version`
-    says which one scored. normalize=by_max divides by the largest sum, since a new rubric's points have another range.
+    says which one scored, part `sum` in which points. A new rubric's points have another range: normalize=by_max divides by the largest
+    sum, per_version_meanstd takes off the mean and divides by the population standard deviation of all sums so far that this version gave
+    in training, the step's own included; held-out evaluation, which has no step, keeps the sum. The meta judge reads sums.
     Criteria are graded in one reply, each with its reason before its score; a reply that cannot be read is missing (the
     authors' code takes 0).
     See Kim et al., "Toward Evaluative Thinking: Meta Policy Optimization with Evolving Reward Models", arXiv:2504.20157.
@@ -75,7 +78,14 @@ class Mpo(Asking):
     counts_steps = True
 
     def __init__(
-        self, *, rubric: str, low: int, high: int, interval: int, cases: int, normalize: Literal["none", "by_max"]
+        self,
+        *,
+        rubric: str,
+        low: int,
+        high: int,
+        interval: int,
+        cases: int,
+        normalize: Literal["none", "by_max", "per_version_meanstd"],
     ) -> None:
         """Args:
         rubric: the first one, <item> blocks, or @FILE
@@ -83,12 +93,13 @@ class Mpo(Asking):
         high: highest score of a criterion that lists no points
         interval: scored steps between rewritings; 0 never rewrites
         cases: responses that the meta judge reads
-        normalize: none, or by_max (the sum over its largest value)
+        normalize: none, by_max (the sum over its largest value) or per_version_meanstd (over the sums of this version so far)
         """
         if interval < 0 or cases < 1:
             raise ConfigError(f"reward.mpo: interval={interval}, cases={cases} are not allowed; type larger numbers")
         self.low, self.high, self.interval, self.cases, self.normalize = low, high, interval, cases, normalize
         self.version = self.steps = 0
+        self.moments = Moments()  # of the version's sums
         self.seen: list[list[Any]] = []  # [place, prompt, response, score] of the cases with the smallest places
         try:
             self._adopt(text_of(rubric, "reward.mpo.rubric"))
@@ -97,6 +108,13 @@ class Mpo(Asking):
 
     def _adopt(self, rubric: str) -> None:
         self.items, self.rubric = parse_rubric(rubric, self.low, self.high), rubric
+
+    def trial(self) -> list[Ask]:
+        """A grade, and where rubrics are rewritten a word to the meta judge: its absence would only show after an interval."""
+        return [
+            *super().trial(),
+            *([replace(self._meta(ANALYSE, "Nothing yet."), max_tokens=16)] if self.interval else []),
+        ]
 
     # -- grading -------------------------------------------------------------------------------------------------------
 
@@ -107,10 +125,21 @@ class Mpo(Asking):
         rows = []
         for reply in replies:
             total, why = reading(self._sum, reply)
-            most = sum(i.high for i in self.items)
-            value = total if total is None or self.normalize == "none" or not most else total / most
-            rows.append(Row(value, {"rubric_version": float(self.version), "criteria": float(len(self.items))}, why))
+            parts = {"rubric_version": float(self.version), "criteria": float(len(self.items)), "sum": total}
+            rows.append(Row(None if total is None else total / self._unit(), parts, why))
         return rows
+
+    def _unit(self) -> float:
+        """The sum that counts as 1."""
+        most = sum(i.high for i in self.items)
+        return float(most) if self.normalize == "by_max" and most else 1.0
+
+    def settle(self, values: Tensor) -> Tensor:
+        """The values [N] of a whole step, NaN where missing, in the units in which they count."""
+        if self.normalize != "per_version_meanstd":
+            return values
+        self.moments.take(values[~values.isnan()])
+        return (values - self.moments.mean) / (self.moments.std or 1.0)
 
     def _grade(self, sample: Sample) -> Ask:
         fence, texts = fenced([("prompt", conversation(sample)), ("response", sample.response)])
@@ -159,7 +188,12 @@ class Mpo(Asking):
         for i in (~torch.isnan(values)).nonzero().flatten().tolist():
             s = samples[i]
             self.seen.append(
-                [unit_hash("case", self.steps, i, s.uid, s.response), s.prompt, s.response, float(values[i])]
+                [
+                    unit_hash("case", self.steps, i, s.uid, s.response),
+                    s.prompt,
+                    s.response,
+                    float(values[i]) * self._unit(),
+                ]
             )
         self.seen = sorted(self.seen)[: self.cases]
         if self.steps % self.interval:
@@ -168,6 +202,7 @@ class Mpo(Asking):
         self.seen = []
         if made is not None:
             self.version += 1
+            self.moments = Moments()
             self._adopt(made)
             if comm.rank == 0:
                 self._write(f"version-{self.version:04d}", self.rubric)
@@ -175,34 +210,41 @@ class Mpo(Asking):
     def refine(self) -> str | None:
         """A new rubric from the cases, or None where the meta judge's could not be read."""
         assert self.judge is not None, "connect gives the judge"
-        replies = self.judge.ask([self._meta(ANALYSE, self._case(c)) for c in self.seen])
-        analyses = [t for t, _ in (reading(whole, r) for r in replies) if t is not None]
-        rewritten = [r for r in self._rewrite("", analyses) if r is not None]
+        found = [reading(whole, r) for r in self.judge.ask([self._meta(ANALYSE, self._case(c)) for c in self.seen])]
+        analyses = [text for text, _ in found if text is not None]
+        if analyses:
+            found = self._rewrite("", analyses)
+        rewritten = [text for text, _ in found if analyses and text is not None]
         if len(rewritten) > 1:
-            merged = self._rewrite(MERGE, ["\n\n".join(rewritten)[:LONGEST]])
-            rewritten = [r for r in merged if r is not None]
+            found = self._rewrite(MERGE, ["\n\n".join(rewritten)[:LONGEST]])
+            rewritten = [text for text, _ in found if text is not None]
         if not rewritten:
-            self._write(f"refused-{self.steps:06d}", "no rewritten rubric could be read; the old one stays\n")
+            why = next(why for _, why in found if why)
+            self._write(f"refused-{self.steps:06d}", f"no rewritten rubric could be read; the old one stays: {why}\n")
             return None
         return rewritten[0]
 
-    def _rewrite(self, task: str, given: Sequence[str]) -> list[str | None]:
-        """For each text: how many criteria, then the criteria; None where they cannot be read."""
+    def _rewrite(self, task: str, given: Sequence[str]) -> list[tuple[str | None, str]]:
+        """For each text: how many criteria, then the criteria; None where they cannot be read, and why."""
         assert self.judge is not None
         counts = [
             reading(whole, r)[0] for r in self.judge.ask([self._meta(f"{task} {COUNT}".strip(), g) for g in given])
         ]
         tasks = [f"{task} {WRITE.format(n=self._count(c))}".strip() for c in counts]
         written = self.judge.ask([self._meta(t, g) for t, g in zip(tasks, given, strict=True)])
-        return [reading(self._readable, r)[0] for r in written]
+        return [reading(self._readable, r) for r in written]
 
     def _count(self, text: str | None) -> int:
-        digits = re.search(r"\d{1,2}", text or "")
-        return max(1, int(digits.group())) if digits else len(self.items)
+        """The one number that was asked for; of a reply that says more, as many as there are."""
+        alone = re.fullmatch(r"(\d{1,2})\.?", text or "")
+        return max(1, int(alone[1])) if alone else len(self.items)
 
     def _readable(self, reply: Reply) -> str:
+        """The criteria of a reply that holds nothing else: what it quotes from a response is no criterion."""
         text = whole(reply)
         parse_rubric(text, self.low, self.high)
+        if _ITEM.sub("", text).strip():
+            raise Unreadable("the rewritten rubric holds text beside its <item> blocks")
         return "\n\n".join(f"<item>\n{b}\n</item>" for b in dict.fromkeys(_ITEM.findall(text)))
 
     def _case(self, case: Sequence[Any]) -> str:
@@ -236,8 +278,9 @@ class Mpo(Asking):
     # -- between steps -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Rubric, version, steps seen and cases."""
-        return {"rubric": self.rubric, "version": self.version, "steps": self.steps, "seen": self.seen}
+        """Rubric, version, steps seen, cases, and the moments of the version's sums."""
+        own = {"rubric": self.rubric, "version": self.version, "steps": self.steps, "seen": self.seen}
+        return own | {"moments": self.moments.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with a rubric."""
@@ -247,6 +290,8 @@ class Mpo(Asking):
             int(state["steps"]),
             [list(c) for c in state["seen"]],
         )
+        if "moments" in state:  # a run of before there were any goes on
+            self.moments.load_state_dict(state["moments"])
 
 
 def _item_schema(item: Item) -> dict[str, Any]:

@@ -38,10 +38,12 @@ class Python:
     The function gets lists, one entry per response, by the names of its parameters: any of prompts, responses,
     references, meta, samples. It returns a list of numbers, where None means "cannot be scored", or a dict of such
     lists: `value` (or `reward`) is the reward, every other key is logged beside it. Responses for which it raises, or
-    returns NaN or infinity, are missing; a wrong count or type is an error.
+    returns NaN or infinity, are missing; a wrong count or type is an error. An object that is called like a function may have
+    `state_dict` and `load_state_dict`, which travel with checkpoints where it runs in the run's own process.
     """
 
     path_is = "FILE:FUNCTION"
+    stays_by = "type {key}.workers=false"
 
     def __init__(self, *, path: str, sees: Literal["group", "sample"], workers: bool) -> None:
         """Args:
@@ -57,6 +59,8 @@ class Python:
         self.whole_groups = sees == "group"
         self.function, self.file = load_function(path)
         self.takes = _parameters(self.function, path)
+        if hasattr(self.function, "state_dict") and hasattr(self.function, "load_state_dict"):
+            self.state_dict, self.load_state_dict = self.function.state_dict, self.function.load_state_dict
 
     def __call__(self, samples: Sequence[Sample], group: Tensor) -> Scores:
         rows: dict[int, Row] = {}

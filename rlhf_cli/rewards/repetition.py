@@ -45,7 +45,7 @@ class Repetition:
 
     def rows(self, samples: Sequence[Sample]) -> Iterator[Row]:
         """One score per response, in order."""
-        return (Row(-self.penalty * repeated(self._units(s.response), self.n)) for s in samples)
+        return (Row(0.0 - self.penalty * repeated(self._units(s.response), self.n)) for s in samples)
 
     def _units(self, text: str) -> Sequence[Any]:
         if self.tokenizer is not None:

@@ -121,8 +121,13 @@ def attended(scorer: Any, sampler: Any, cfg: Any) -> Any:
 
 
 def question(sample: Sample) -> list[dict[str, str]]:
-    """What the policy is asked, as one user turn."""
-    fence, texts = fenced([("prompt", conversation(sample)), ("response", sample.response)])
+    """What the policy is asked, as one user turn. A line of grade inside it is bent, so that a reply that copies it grades nothing."""
+    fence, texts = fenced(
+        [
+            (name, t.replace(LINE, "Score :"))
+            for name, t in (("prompt", conversation(sample)), ("response", sample.response))
+        ]
+    )
     return [{"role": "user", "content": f"{POINTS.format(fence=fence)}\n\n{texts}"}]
 
 

@@ -45,12 +45,26 @@ def make_detectors(cfg: Any, scorer: Any) -> Detectors:
     return Detectors(cfg.detectors, scorer.weights, forms)
 
 
-def watched(score: stages.Stage, detectors: Detectors, record: Any) -> stages.Stage:
+def watched(score: stages.Stage, detectors: Detectors, record: Any, join: Joining) -> stages.Stage:
     """The stage, and then the detectors, whose numbers are logged under `hack/`."""
 
     def stage(exp: Experience) -> Experience:
         exp = score(exp)
-        record.count(detectors(exp), stage="hack")
+        record.count(detectors(exp, join.told), stage="hack")
+        return exp
+
+    return stage
+
+
+def held(annotate: stages.Stage, detectors: Detectors | None) -> stages.Stage:
+    """The stage that asks the models, and then the detector of the KL, whose number is logged with the step."""
+    if detectors is None:
+        return annotate
+    watch = detectors
+
+    def stage(exp: Experience) -> Experience:
+        exp = annotate(exp)
+        watch.drift(exp)
         return exp
 
     return stage
@@ -70,12 +84,12 @@ def make_scoring(
     """The stage that scores a step, and the prepass that it compares with, made by `ask` where one is wanted."""
     if scorer is None:
         return stages.keep, None
-    compared = plan_reward.wants(cfg).references
+    compared = plan_reward.wants(cfg).prepass
     prepass = ask() if compared or cfg.dataset.hardest else None
     join = make_joining(cfg, plan, scorer, prepass if compared else None, tokenizer, record.count, build)
     count, took = partial(record.count, stage="component"), partial(record.count, stage="time")
     score = stages.scoring(scorer, comm, cfg.gates.failures, checks.reward, count, record.note, took, join)
-    score = watched(score, build.keep("detectors", make_detectors(cfg, scorer)), record)
+    score = watched(score, build.keep("detectors", make_detectors(cfg, scorer)), record, join)
     brought = {c: f"{name}/{c}" for name, (_, s) in scorer.scorers.items() for c in getattr(s, "columns", "").split()}
     score = stages.filling(score, brought) if brought else score
     score = stages.shuffled(score, cfg.seed) if cfg.debug.get("shuffled_reward") else score

@@ -24,7 +24,7 @@ def make_sampler(cfg: Any, actor: nn.Module, tokenizer: Any, comm: Comm) -> Samp
     sampler = Sampler(actor, tokenizer, decoding_of(cfg), device=comm.device)
     sampler.eos = sorted({*sampler.eos, end_id(tokenizer, cfg.dataset.chat)})
     if cfg.rollout.cuda_graphs:
-        sampler.decoder_of = graphs.decoder_of
+        graphs.use(sampler)
     return sampler
 
 

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlhf_cli.rollout.cache import Board, SlotLayer
+from rlhf_cli.rollout.tree import Memory
 
 Linear = Callable[[Tensor], Tensor]
+Step = Callable[[Tensor, Tensor, Memory], Tensor]  # a `Decoder`, or what is called as it is
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 3e-2}  # of the logits' norm
 
 
@@ -59,32 +60,26 @@ class Decoder:
         ]
         self.head = _packed(hf.lm_head, rows)
 
-    def __call__(self, tokens: Tensor, places: Tensor, mask: Tensor, board: Board, cache: list[SlotLayer]) -> Tensor:
-        """Logits [slots, V] after `tokens` [slots] at `places` [slots]; `mask` [slots, 1, 1, span] is added to scores."""
+    def __call__(self, tokens: Tensor, places: Tensor, memory: Memory) -> Tensor:
+        """Logits [slots, V] after `tokens` [slots] at `places` [slots], which go into `memory`."""
         x = self.body.embed_tokens(tokens)
         cos, sin = (t[0][:, None] for t in self.body.rotary_emb(x, places[None]))  # [slots, 1, head_dim]
         half = sin.shape[-1] // 2
         sin = torch.cat(
             [-sin[..., :half], sin[..., half:]], -1
         )  # x turned by half a head, times this, is the second part
-        for layer, store in zip(self.layers, cache, strict=True):
-            x = x + layer.out(self._attend(layer, _norm(layer.before, x), (cos, sin), mask, board, store))
+        for i, layer in enumerate(self.layers):
+            x = x + layer.out(self._attend(i, _norm(layer.before, x), (cos, sin), memory))
             y = _norm(layer.after, x)
             x = x + layer.down(F.silu(layer.gate(y)).mul_(layer.up(y)))
         return self.head(_norm(self.body.norm, x))
 
-    def _attend(
-        self, layer: Layer, x: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor, board: Board, store: SlotLayer
-    ) -> Tensor:
-        """Attention of one new token per row over its slot; query heads that share a key head become its queries."""
-        n, w = len(x), self.width
+    def _attend(self, i: int, x: Tensor, turn: tuple[Tensor, Tensor], memory: Memory) -> Tensor:
+        """Attention of one new token per row; query heads that share a key head become its queries."""
+        layer, n, w = self.layers[i], len(x), self.width
         q, k = (_turned(f(x).view(n, -1, w), *turn) for f in (layer.query, layer.key))
-        assert board.flat is not None
-        for kept, new in ((store.keys, k), (store.values, layer.value(x).view(n, -1, w))):
-            kept.view(-1, *kept.shape[2:]).index_copy_(0, board.flat, new)
-        keys, values = (s[:, : board.span].transpose(1, 2) for s in (store.keys, store.values))
-        q = q.reshape(n, keys.shape[1], -1, w)
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=self.scale).reshape(n, -1)
+        v = layer.value(x).view(n, -1, w)
+        return memory.attend(i, q.reshape(n, k.shape[1], -1, w), k, v, self.scale).reshape(n, -1)
 
 
 def readable(hf: Any) -> bool:

@@ -6,6 +6,7 @@ them. What a replay gives is compared with the model's own forward at the first 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_cli.rollout.cache import Board, SlotLayer
 from rlhf_cli.rollout.decoder import Decoder
+from rlhf_cli.rollout.sampler import Sampler
+from rlhf_cli.rollout.tree import Memory, Slots
 
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 """Records a function of no arguments: (what repeats it, the tensor that it writes its result to)."""
@@ -24,10 +26,7 @@ Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 class Recorded:
     """A step on tensors of its own."""
 
-    tokens: Tensor
-    places: Tensor
-    mask: Tensor
-    flat: Tensor
+    inputs: list[Tensor]  # tokens, places, mask, flat places of the cache
     logits: Tensor
     replay: Callable[[], None]
 
@@ -37,35 +36,38 @@ class Graphed:
 
     Args:
         decoder: the step, as operations.
-        capture: how a step is recorded; a CUDA graph where none is given.
+        capture: how a step is recorded.
+        failed: hears why a step cannot be recorded; the operations themselves go on.
     """
 
-    def __init__(self, decoder: Decoder, capture: Capture | None = None) -> None:
-        self.decoder = decoder
-        self.capture = capture or on_gpu()
+    def __init__(self, decoder: Decoder, capture: Capture, failed: Callable[[str], None]) -> None:
+        self.decoder, self.failed = decoder, failed
+        self.capture: Capture | None = capture
         self.steps: dict[int, Recorded] = {}  # span -> its step
 
-    def __call__(self, tokens: Tensor, places: Tensor, mask: Tensor, board: Board, cache: list[SlotLayer]) -> Tensor:
-        """Logits [slots, V], as `Decoder` gives them."""
-        if board.span not in self.steps:
-            self.steps[board.span] = self._record(tokens, places, mask, board, cache)
-        step = self.steps[board.span]
-        assert board.flat is not None
-        for kept, new in ((step.tokens, tokens), (step.places, places), (step.mask, mask), (step.flat, board.flat)):
-            kept.copy_(new)
+    def __call__(self, tokens: Tensor, places: Tensor, memory: Memory) -> Tensor:
+        """Logits [slots, V], as `Decoder` gives them; `memory` holds whole rows."""
+        assert isinstance(memory, Slots) and memory.board.flat is not None
+        span, new = memory.board.span, (tokens, places, memory.mask, memory.board.flat)
+        if self.capture is not None and span not in self.steps:
+            try:
+                self.steps[span] = self._record(self.capture, memory, [x.clone() for x in new])
+            except RuntimeError as e:
+                self.capture = None
+                self.failed(" ".join(str(e).split())[:200])
+        if self.capture is None:
+            return self.decoder(tokens, places, memory)
+        step = self.steps[span]
+        for kept, x in zip(step.inputs, new, strict=True):
+            kept.copy_(x)
         step.replay()
         return step.logits.clone()  # the next replay writes over them, and the sampler bans tokens in place
 
-    def _record(self, tokens: Tensor, places: Tensor, mask: Tensor, board: Board, cache: list[SlotLayer]) -> Recorded:
-        flat = board.flat
-        assert flat is not None
-        own = [x.clone() for x in (tokens, places, mask, flat)]
-        board.flat = own[3]
-        try:
-            replay, logits = self.capture(lambda: self.decoder(*own[:3], board, cache))
-        finally:
-            board.flat = flat
-        return Recorded(*own, logits, replay)
+    def _record(self, capture: Capture, memory: Slots, own: list[Tensor]) -> Recorded:
+        board = copy.copy(memory.board)
+        tokens, places, mask, board.flat = own
+        replay, logits = capture(lambda: self.decoder(tokens, places, Slots(board, memory.layers, mask)))
+        return Recorded(own, logits, replay)
 
 
 def on_gpu() -> Capture:
@@ -86,6 +88,11 @@ def on_gpu() -> Capture:
     return capture
 
 
-def decoder_of(hf: Any, rows: int) -> Graphed:
-    """The step of a model with `rows` slots, recorded."""
-    return Graphed(Decoder(hf, rows))
+def use(sampler: Sampler, capture: Callable[[], Capture] = on_gpu) -> None:
+    """Let a sampler record its steps; where one cannot be, this rollout goes on by operations and later ones by the model's forward."""
+
+    def failed(why: str) -> None:
+        sampler.decoder_of = None
+        sampler.note(f"rollout.cuda_graphs: a step cannot be recorded ({why}); the model's own forward is used")
+
+    sampler.decoder_of = lambda hf, rows: Graphed(Decoder(hf, rows), capture(), failed)

@@ -42,16 +42,18 @@ def context(config: Any) -> int:
     )  # below: full attention
 
 
-def rows_at_a_time(model: Any, device: torch.device, rows: int, longest: int, wave: int = 0) -> int:
+def rows_at_a_time(
+    model: Any, device: torch.device, rows: int, longest: int, wave: int = 0, beside: Sequence[Any] = ()
+) -> int:
     """Slots of the cache: `rows`, or when that is 0 the device's usual number, halved until rows of `longest` tokens
-    fit, and no more than the `wave` of rows that a step wants of all processes.
+    fit, with the caches of the models `beside` it, and no more than the `wave` of rows that a step wants of all processes.
 
     Counts the memory that the machine has, not what is free just now: the same run must decode the same way every time.
     """
     if rows > 0:
         return rows
-    rows = ROWS.get(device.type, 64)
-    while rows > 1 and rows * bytes_per_row(model, longest) > SHARE.get(device.type, 0.2) * _memory(device):
+    rows, each = ROWS.get(device.type, 64), sum(bytes_per_row(m, longest) for m in (model, *beside))
+    while rows > 1 and rows * each > SHARE.get(device.type, 0.2) * _memory(device):
         rows //= 2
     return min(rows, wave) if wave else rows
 

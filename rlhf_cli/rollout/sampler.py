@@ -22,9 +22,10 @@ from transformers import DynamicCache
 from rlhf_cli.errors import GateError
 from rlhf_cli.rollout.cache import Board, attending, fill, slot_cache
 from rlhf_cli.rollout.choose import Decoding, choose
-from rlhf_cli.rollout.decoder import Decoder, agree, readable
+from rlhf_cli.rollout.decoder import Decoder, Step, agree, readable
 from rlhf_cli.rollout.limits import check_context, rows_at_a_time
 from rlhf_cli.rollout.masking import Mask, Shadow, beside
+from rlhf_cli.rollout.tree import Slots, Tree
 
 __all__ = ["Decoding", "Rollout", "Sampler", "eos_ids"]
 
@@ -67,9 +68,9 @@ class _Batch:
     slot_row: list[int]
     token: list[int]  # [slots] token to feed next
     place: list[int]  # [slots] its position
-    decoder: Any = (
-        None  # `Decoder` or what is called as it is, of the weights as they are; None: the model's own forward
-    )
+    decoder: Step | None = None  # of the weights as they are; None: the model's own forward
+    tree: Tree | None = None  # where the decoder attends when all rows begin together
+    shared: int = 0  # rows of a prompt when they do; 0: slots begin as others end
     started: int = 0
     read: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)  # prompt -> keys and values per layer
     shadow: Shadow | None = None  # the model that says which tokens may be drawn
@@ -94,7 +95,7 @@ class Sampler:
         self.decoding = decoding
         self.device = torch.device(device)
         self.eos = eos_ids(model, tokenizer)
-        self.decoder_of: Callable[[Any, int], Any] | None = Decoder if self.device.type == "cpu" else None
+        self.decoder_of: Callable[[Any, int], Step] | None = Decoder if self.device.type == "cpu" else None
         self.written_out: bool | None = None  # whether `Decoder` gives what the model gives; None: not known yet
         self.note: Callable[[str], None] = _silent  # hears what a user should know
         self.mask: Mask | None = None  # of what is drawn; the best token of all (temperature 0) needs none
@@ -117,15 +118,24 @@ class Sampler:
         assert len(seeds) == len(prompts) * k, f"{len(seeds)} seeds for {len(prompts)} prompts x {k}"
         longest = max(map(len, prompts), default=0) + decoding.max_tokens
         check_context(self.model.config, prompts, decoding.max_tokens)
-        slots = rows_at_a_time(self.model, self.device, decoding.rows, longest, decoding.wave)
+        mask = self.mask if decoding.temperature > 0 else None
+        others = () if mask is None else (mask.model,)
+        slots = rows_at_a_time(self.model, self.device, decoding.rows, longest, decoding.wave, others)
         rows = [_Row(i // k, _uniforms(seed, decoding.max_tokens)) for i, seed in enumerate(seeds)]
         open_rows = [k] * len(prompts)
         board = Board(slots, longest)
         batch = _Batch(prompts, decoding, rows, board, slot_cache(board), [-1] * slots, [0] * slots, [0] * slots)
-        mask = self.mask if decoding.temperature > 0 else None
         batch.shadow = Shadow(mask, self, batch) if mask is not None else None
         if self.decoder_of is not None and self.written_out is not False and readable(self.model):
             batch.decoder = self.decoder_of(self.model, slots)
+            together = (
+                self.decoder_of is Decoder
+                and 0 < decoding.wave <= slots
+                and len(rows) <= slots
+                and k > 1
+                and slots % k == 0
+            )
+            batch.shared = k if together and batch.shadow is None else 0
         training = self.model.training
         if training:  # as activation checkpointing wants it; it would turn the cache off
             self.model.eval()
@@ -162,7 +172,11 @@ class Sampler:
     def _load(self, batch: _Batch, taken: Mapping[int, list[int]]) -> None:
         """Copy prompts into the slots that begin a row: prompt -> slots."""
         self._read(batch, list(taken))
-        for prompt, slots in taken.items():
+        if batch.shared and batch.read:
+            batch.tree = Tree(
+                [batch.read.get(p) for p in taken], batch.board.slots, batch.shared, batch.decoding.max_tokens
+            )
+        for prompt, slots in taken.items() if batch.tree is None or self.written_out is None else ():
             if prompt in batch.read:
                 fill(batch.cache, torch.tensor(slots, device=self.device), batch.read[prompt])
         waiting = batch.rows[batch.started].prompt if batch.started < len(batch.rows) else len(batch.prompts)
@@ -228,21 +242,22 @@ class Sampler:
         own = partial(self._model_step, batch, tokens, places, mask[:, None, None])
         if batch.decoder is None:
             return own()
+        first = own() if self.written_out is None or not (batch.cache.layers or batch.tree) else None
+        if batch.tree is not None:
+            batch.tree.aim(max(len(r.ids) for r in batch.rows))
+        memory = batch.tree or Slots(batch.board, batch.cache.layers, mask[:, None, None])
+        logits = batch.decoder(tokens, places, memory)
         if self.written_out is None:  # the model first: what it stores is written over, as in every later step
-            expected = own()
-            logits = batch.decoder(tokens, places, mask[:, None, None], batch.board, batch.cache.layers)
-            self.written_out = agree(logits, expected)
+            assert first is not None
+            self.written_out = agree(logits, first)
             if not self.written_out:
-                batch.decoder = None
+                batch.decoder = batch.tree = None
                 self.note(
                     "sampler: the written-out decoding step differs from the model's own forward; the model's own is used"
                 )
                 own()  # and what the other stored too
-                return expected
-            return logits
-        if not batch.cache.layers:  # prompts of one token leave the cache to the first step
-            own()
-        return batch.decoder(tokens, places, mask[:, None, None], batch.board, batch.cache.layers)
+                return first
+        return logits
 
     def _model_step(self, batch: _Batch, tokens: Tensor, places: Tensor, mask: Tensor) -> Tensor:
         """The same by the model's own forward."""

@@ -4,7 +4,7 @@ from rlhf_cli.shaping.adaptive_kl import AdaptiveFullKL, AdaptiveKL
 from rlhf_cli.shaping.implicit import implicit_dpo
 from rlhf_cli.shaping.inference import InfAlignOptimal, infalign_ctrl
 from rlhf_cli.shaping.kl import sequence_kl, token_kl, token_kl_full
-from rlhf_cli.shaping.reference import centered, lsc, par, sgfc, squash
+from rlhf_cli.shaping.reference import centered, lsc, lsc_canned, par, sgfc, squash
 from rlhf_cli.shaping.running import MinMax, RunningClip, RunningNorm
 from rlhf_cli.shaping.score import ceil, clip, length_penalty, missing_eos, overlong, relative_length, scale, whiten
 from rlhf_cli.shaping.turns import by_turn
@@ -24,6 +24,7 @@ __all__ = [
     "infalign_ctrl",
     "length_penalty",
     "lsc",
+    "lsc_canned",
     "missing_eos",
     "overlong",
     "par",

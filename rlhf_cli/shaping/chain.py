@@ -20,17 +20,21 @@ def apply(
     """The experience with its score shaped, and the sum of the token rewards [N, T].
 
     Where a later shaper compares with `ref_scores` (or `keep_references`), the reference responses take the same steps, so that
-    both stay in the same units. `after` gets each shaper after its call.
+    both stay in the same units; so does the canned answer (`canned_score`). `after` gets each shaper after its call.
     """
     dense = torch.zeros(exp.ids.shape)
     for i, fn in enumerate(shapers):
         later = keep_references or any("ref_scores" in needs(f) for f in shapers[i + 1 :])
+        canned = keep_references or any("canned_score" in needs(f) for f in shapers[i + 1 :])
         out = call(fn, exp)
         after(fn)
         if out.ndim == 2:
             dense = dense + out
             continue
         carried = {"ref_scores": carry(fn, exp)} if later and exp.ref_scores is not None else {}
+        if canned and exp.canned_score is not None:
+            same = replace(exp, score=exp.canned_score)
+            carried["canned_score"] = call(getattr(fn, "frozen", fn), same).to(exp.canned_score.dtype)
         exp = replace(exp, score=out, **carried)
     return exp, dense
 

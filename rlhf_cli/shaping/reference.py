@@ -72,6 +72,19 @@ def lsc(
     return logsigmoid(score - reference_level(ref_scores, level, quantile))
 
 
+def lsc_canned(score: Tensor, canned_score: Tensor) -> Tensor:
+    """`lsc` whose level is the reward of a canned answer to the prompt: log sigmoid(r - r_canned), below 0, [N].
+
+    For properties that a fixed answer has, such as a refusal being harmless.
+    See Wang et al., "Transforming and Combining Rewards for Aligning Large Language Models", arXiv:2402.00742.
+
+    Args:
+        score: one number per row, [N]
+        canned_score: of the canned answer to the row's prompt, [N]
+    """
+    return logsigmoid(score - canned_score)
+
+
 def reference_level(ref_scores: Tensor, level: str, quantile: float) -> Tensor:
     """The value that a good response exceeds, [N]. One reference has no spread.
 

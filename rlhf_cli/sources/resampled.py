@@ -21,6 +21,7 @@ class Resampled:
 
     The dynamic sampling of Yu et al., "DAPO: An Open-Source LLM Reinforcement Learning System at Scale", arXiv:2503.14476,
     section 3.2. It judges the score before any shaping. A function of the source's position, so a resumed run repeats it.
+    Linked groups survive together or not at all, so that no cut parts them.
 
     Args:
         source: gives the groups of one rollout.
@@ -59,7 +60,7 @@ class Resampled:
             exp = next(self.source)
             drawn, used = drawn + groups_in(exp), used + 1
             with self.phase("score"):
-                exp = self.select(self.score(exp))
+                exp = unparted(exp, self.select(self.score(exp)))
             found += groups_in(exp)
             kept.append(exp)
         whole = join(kept)
@@ -85,6 +86,17 @@ class Resampled:
 def groups_in(exp: Experience) -> int:
     """How many groups the rows form."""
     return len(torch.unique(exp.group)) if len(exp) else 0
+
+
+def unparted(drawn: Experience, kept: Experience) -> Experience:
+    """What is kept, without groups that are linked to one that was drawn and is not there any more.
+
+    Linked groups are drawn side by side and their number divides a step, so that the first groups of the rest are whole links.
+    """
+    links = {g: s.link for s, g in zip(drawn.samples, drawn.group.tolist(), strict=True) if s.link}
+    lost = {links[g] for g in links.keys() - set(kept.group.tolist())}
+    stays = [i for i, s in enumerate(kept.samples) if s.link not in lost]
+    return kept if len(stays) == len(kept) else kept.rows(torch.tensor(stays, dtype=torch.int64))
 
 
 def first_groups(exp: Experience, n: int) -> Experience:

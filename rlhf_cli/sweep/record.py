@@ -14,6 +14,7 @@ from rlhf_cli.record.rundir import RunDir, now
 from rlhf_cli.sweep.points import Command, Point
 
 FILE = "sweep.json"
+LOG = "logs/output.log"  # inside a point's run directory
 # waiting: never started. interrupted: stopped or killed, goes on from its checkpoint. submitted: handed to a queue.
 STATES = ("waiting", "running", "finished", "failed", "interrupted", "submitted", "pruned")
 
@@ -74,15 +75,18 @@ class Record:
     def settle(self) -> None:
         """What the run directories say, where it is news: the last sweep may have been killed, a queue may have worked on."""
         for entry in self.data["points"]:
-            entry["status"] = state(entry["status"], self.rundir(entry["name"]))
+            run, noted = self.rundir(entry["name"]), entry["status"]
+            entry["status"] = state(noted, run)
+            if entry["status"] != noted:
+                entry["error"] = reason(run, run.path / LOG, {}) if entry["status"] == "failed" else ""
         self.save()
 
 
 def state(noted: str, run: RunDir) -> str:
     """Where a point stands, from what the record noted and what its run says."""
     said = run.said()
-    if run.writer():
-        return "running"
+    if run.writer():  # not noted over what decides whether the point runs again without being asked for
+        return noted if noted in ("pruned", "failed", "submitted") else "running"
     if said in ("finished", "failed"):
         return said
     if noted in ("pruned", "failed", "submitted"):  # a process that was killed leaves no word in its run

@@ -17,14 +17,14 @@ from rlhf_cli.launch import queue
 from rlhf_cli.record.rundir import RunDir, now
 from rlhf_cli.report.compare import compare, duration, text
 from rlhf_cli.report.numbers import RunFiles, shared_metric
+from rlhf_cli.report.runs import state as seen
 from rlhf_cli.sweep import points as expansion
 from rlhf_cli.sweep.board import Board
 from rlhf_cli.sweep.points import Command, Point, is_here
 from rlhf_cli.sweep.pool import Running, Share, Wish, shares, spawn, work
-from rlhf_cli.sweep.record import Record, reason
+from rlhf_cli.sweep.record import LOG, Record, reason
 
 FAILED, STOPPED = 1, 75  # exit statuses
-LOG = "logs/output.log"  # inside a point's run directory
 SEARCH = "hydra/sweeper=optuna"
 # How Hydra's users write what is a key of `sweep` here.
 HYDRA = {
@@ -66,10 +66,9 @@ class Sweep:
         entry, path = self.record[point.name], self.record.path / point.name
         verb = "goes on" if entry["status"] == "interrupted" else "starts again" if entry["tries"] else "starts"
         self.record.set(point.name, status="running", tries=entry["tries"] + 1, start=now(), end="", error="")
-        done = len(self.record.names("finished", "failed", "submitted", "pruned"))
-        self.board.say(
-            f"  {done + len(self.record.names('running'))}/{len(self.record.data['points'])}  {point.name} {verb}"
-        )
+        begun = len(self.record.names("finished", "failed", "submitted", "pruned", "running"))
+        total = max(len(self.record.data["points"]), self.record.data.get("search", {}).get("trials", 0))
+        self.board.say(f"  {begun}/{total}  {point.name} {verb}")
         before = self.record.rundir(point.name).status()
         return Running(point.name, spawn(start_command(self.argv(point)), path / LOG, share), before)
 
@@ -117,6 +116,8 @@ class Sweep:
                 print(text(compare([path], metric=self.settings.metric)))
             except ConfigError as e:
                 print(f"no table: {e}")
+        if record.names("submitted"):
+            print(f"follow them: rlhf runs {path} --watch; how they ended is read by: {self.typed}", flush=True)
         if self.wish.count:
             print(f"stopped by {self.wish.signal}; go on with: {self.typed}", flush=True)
             return STOPPED
@@ -143,6 +144,8 @@ def ended(code: int, run: RunDir, *, asked: bool) -> str:
     """How a point ended, from its exit status and what its run says."""
     if code == 0:
         return "finished" if run.said() == "finished" else "submitted"
+    if asked and run.job() and not run.said():  # stopped after it had handed the point over
+        return "submitted"
     return "interrupted" if asked or code == STOPPED else "failed"
 
 
@@ -224,15 +227,16 @@ def grid(opened: Sweep, listed: Sequence[Point]) -> None:
     listed = [replace(p, name=known.get(frozenset(p.overrides), p.name)) for p in listed]
     record.add(listed, [["rlhf", *opened.argv(p)] for p in listed])
     record.settle()
-    queued = _queued(record)
+    taken = _elsewhere(record)
     again = ("waiting", "interrupted", *(("failed", "submitted") if opened.settings.retry else ()))
-    todo = [p for p in listed if record[p.name]["status"] in again and p.name not in queued]
+    todo = [p for p in listed if record[p.name]["status"] in again and p.name not in taken]
     side = f"; {len(opened.slots)} at a time" if len(opened.slots) > 1 else ""
     opened.board.say(f"rlhf: sweep {record.path}: {len(listed)} points{side}")
     for p in listed:
         if p not in todo:
-            state = record[p.name]["status"]
-            opened.board.say(f"       {p.name} is {state}, skipped{queued.get(p.name, _how.get(state, ''))}")
+            state, why = record[p.name]["status"], record[p.name]["error"]
+            shown = f"{state} ({why})" if state == "submitted" and why and p.name not in taken else state
+            opened.board.say(f"       {p.name} is {shown}, skipped{taken.get(p.name, _how.get(state, ''))}")
     left = iter(todo)
 
     def begin(share: Share) -> Running | None:
@@ -242,14 +246,26 @@ def grid(opened: Sweep, listed: Sequence[Point]) -> None:
     work(begin, opened.end, opened.look, opened.slots, opened.wish)
 
 
-def _queued(record: Record) -> dict[str, str]:
-    """The points that were handed to a queue and are still in it, and what to say of each."""
-    jobs = {
-        name: str(record.rundir(name).job().get("job", ""))
-        for name in record.names("submitted", "failed", "interrupted")
-    }
-    found = queue.pending(job for job in jobs.values() if job)
-    return {name: f": job {job} is {found[job].state.lower()}" for name, job in jobs.items() if job in found}
+def _elsewhere(record: Record) -> dict[str, str]:
+    """The points that a queue or another process has, and what to say of each. Notes how the jobs of the others ended."""
+    runs = {name: record.rundir(name) for name in record.names("submitted", "failed", "interrupted")}
+    ids = {name: str(run.job().get("job", "")) for name, run in runs.items()}
+    jobs = queue.known(job for job in ids.values() if job)
+    found = {name: f": {who} writes it" for name, run in runs.items() if (who := run.writer())}
+    for name, job in ids.items():
+        if job in jobs and (jobs[job].waiting or jobs[job].active):
+            found[name] = f": job {job} is {jobs[job].state.lower()}"
+        elif job and name not in found and queue.present():
+            _note_end(record, name, *seen(runs[name], jobs))
+    return found
+
+
+def _note_end(record: Record, name: str, status: str, note: str) -> None:
+    """What became of the job of a point, by the word of `rlhf runs`."""
+    if status == "failed":
+        record.set(name, status=status, error=note)
+    elif record[name]["status"] == "submitted":
+        record.set(name, error=status)
 
 
 _how = {

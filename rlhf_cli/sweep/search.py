@@ -98,7 +98,9 @@ def short(value: str) -> str:
 def search(opened: Sweep) -> None:
     """Ask, run, tell, until there are as many trials as asked for; unfinished ones of an earlier start go on first."""
     if not is_here(opened.cfg):
-        raise ConfigError("hydra/sweeper=optuna: a search needs a result before the next point; type launcher=local")
+        raise ConfigError(
+            "hydra/sweeper=optuna: a search needs a result before the next point; type launcher=local, inside a job"
+        )
     made = Search(opened)
     work(made.begin, made.end, made.look, opened.slots, opened.wish)
     made.say_best()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 from optimality_envs import MEMORYLESS, TWO_TOKENS, Env, Law
+from optimality_source import Systematic, code
 from torch import Tensor
 
 from rlhf_cli import stages
@@ -30,7 +30,6 @@ from rlhf_cli.plan import HEADS, validate
 from rlhf_cli.state import Builder
 from rlhf_cli.types import Experience, Run, Sample, Scores, Update
 
-GOLDEN = 0.6180339887498949
 COMM = Comm(torch.device("cpu"))
 
 
@@ -39,7 +38,8 @@ class Row:
     """A line of the table: a recipe, and where theory says that it ends.
 
     `words` choose the recipe as on the command line; `predicted` maps a problem to the law over responses; `says` is that point
-    in words. `columns` fill more columns of a step: name -> function of (problem, experience).
+    in words. `columns` fill more columns of a step: name -> function of (problem, experience). `data` is the law of recorded
+    responses, where they are not the policy's own. `judged` makes scores of the rewards of groups, [P, k] to [P, k].
     """
 
     name: str
@@ -52,6 +52,8 @@ class Row:
     groups: int = 512
     tolerance: float = 0.01
     columns: Mapping[str, Callable[[Env, Experience], Tensor]] = field(default_factory=dict)
+    data: Callable[[Env], Law] | None = None
+    judged: Callable[[Tensor], Tensor] | None = None
 
 
 COMMON = (
@@ -67,21 +69,25 @@ def rows() -> list[Row]:
 
 
 def land(row: Row, env: Env, seed: int = 0) -> Law:
-    """Train the row's recipe on a problem; the law that it ends at."""
+    """Train the row's recipe on a problem; the law that it ends at, or for a reward model the law exp(score) / Z."""
     more = (f"batch.prompts={row.groups}", f"steps={row.steps}", f"optim.lr={row.lr}", f"seed={seed}")
-    cfg = compose("train", [*COMMON, *more, *row.words], None)
+    own = {word.partition("=")[0] for word in row.words}
+    cfg = compose("train", [*(w for w in COMMON if w.partition("=")[0] not in own), *more, *row.words], None)
     plan = validate(cfg)
     tables = {name: Table(env, heads=HEADS[head]) for name, head in plan.learners.items()}
-    policy = tables["policy"]
+    policy = tables.get("policy") or Table(env)
     critic = next((t for n, t in tables.items() if "value_new" in HEADS[plan.learners[n]]), None)
     makers: dict[str, tuple[Any, str]] = {"old_logp": (policy, "logp"), "ref_logp": (Table(env), "logp")}
     makers |= {"value": (critic, "value_new")} if critic else {}
     fill = stages.annotating({c: makers[c] for c in plan.annotate if c in makers})
     pipeline = make_pipeline(cfg, plan, Builder([]), lambda *_: None)
-    score = stages.scoring(Reward(env), COMM, 0.0, lambda _: None)
+    score = stages.scoring(Reward(env, row.judged), COMM, 0.0, lambda _: None)
+    score = stages.baselined(score) if plan.greedy else score
+    data = row.data(env) if row.data is not None else None
+    paired = plan.source == "recorded" and any("pairs" in s.needs for s in plan.stages)
     run = Run(
-        source=Systematic(env, policy, cfg.batch.prompts, cfg.batch.samples, plan.greedy),
-        score=stages.baselined(score) if plan.greedy else score,
+        source=Systematic(env, policy, cfg.batch.prompts, cfg.batch.samples, plan.greedy, data=data, paired=paired),
+        score=score if plan.source == "sampled" else stages.keep,
         annotate=lambda exp: _filled(row, env, fill(exp)),
         engines=tables,
         check=lambda *_: None,
@@ -92,7 +98,7 @@ def land(row: Row, env: Env, seed: int = 0) -> Law:
         **vars(pipeline),
     )
     train(run)
-    return policy.law()
+    return policy.law() if "policy" in tables else next(iter(tables.values())).preferred()
 
 
 def _filled(row: Row, env: Env, exp: Experience) -> Experience:
@@ -100,7 +106,7 @@ def _filled(row: Row, env: Env, exp: Experience) -> Experience:
 
 
 class Table:
-    """A learner: logits and values of each context, in float64."""
+    """A learner: logits and values of each context, a score of each response, in float64."""
 
     def __init__(self, env: Env, heads: Sequence[str] = ("logp", "entropy")) -> None:
         self.env, self.heads = env, heads
@@ -111,6 +117,8 @@ class Table:
         prefixes = sorted({y[:t] for y in env.reward for t in range(len(y))})
         self._prefix = self._contexts(str, prefixes)  # a critic sees the whole prefix, whatever the policy sees
         self.value = torch.zeros(len(prefixes), dtype=torch.float64, requires_grad=True)
+        self._response = self._contexts(str, list(env.reward), whole=True)[:, 0]
+        self.worth = torch.zeros(len(env.reward), dtype=torch.float64, requires_grad=True)
 
     def law(self) -> Law:
         """Probability of each response."""
@@ -118,32 +126,38 @@ class Table:
         policy = {c: p[i].numpy() for i, c in enumerate(self.contexts)}
         return self.env.law(policy)
 
+    def preferred(self) -> Law:
+        """exp(score) / Z: scores are defined up to a constant."""
+        return dict(zip(self.env.reward, self.worth.detach().softmax(-1).tolist(), strict=True))
+
     def at(self, exp: Experience) -> Tensor:
         """[N, T] context of every token; 0 outside the mask."""
-        return self._context[_code(exp.ids, exp.mask)]
+        return self._context[code(exp.ids, exp.mask)]
 
-    def _contexts(self, seen: Callable[[str], str], names: Sequence[str]) -> Tensor:
-        """[codes, T] for the response with this code: the number of what is seen before every token."""
+    def _contexts(self, seen: Callable[[str], str], names: Sequence[str], whole: bool = False) -> Tensor:
+        """[codes, T] for the response with this code: the number of what is seen before every token, or of the `whole` response."""
         width = max(map(len, self.env.reward))
         found = torch.zeros(3**width, width, dtype=torch.int64)
         for y in self.env.reward:
             mask = torch.arange(width) < len(y)
             ids = torch.tensor([int(c) for c in y.ljust(width, "0")])
-            places = [names.index(seen(y[:t])) for t in range(len(y))]
-            found[_code(ids, mask)] = torch.tensor(places + [0] * (width - len(y)))
+            places = [names.index(y if whole else seen(y[:t])) for t in range(len(y))]
+            found[code(ids, mask)] = torch.tensor(places + [0] * (width - len(y)))
         return found
 
     def forward(self, exp: Experience, rows: Tensor, want: frozenset[str]) -> dict[str, Tensor]:
         """The columns of some rows, with gradient."""
-        part = exp.rows(rows)
+        part = exp if len(rows) == len(exp) else exp.rows(rows)  # a batch holds all rows, in their order
         at = self.at(part)
         logp = self.theta.log_softmax(-1)  # [C, V]
         made = {
             "logp": logp[at, part.ids],
             "entropy": -(logp.exp() * logp).sum(-1)[at],
-            "value_new": self.value[self._prefix[_code(part.ids, part.mask)]],
+            "value_new": self.value[self._prefix[code(part.ids, part.mask)]],
         }
-        return {k: torch.where(part.mask, made[k], 0.0) for k in want}
+        columns = {k: torch.where(part.mask, made[k], 0.0) for k in want & made.keys()}
+        scores = self.worth[self._response[code(part.ids, part.mask)]]
+        return columns | ({"score_new": scores} if "score_new" in want else {})
 
     def infer(self, exp: Experience, want: frozenset[str]) -> dict[str, Tensor]:
         """The same without gradient, in float32 as a run has it."""
@@ -155,7 +169,7 @@ class Table:
         """One step of the terms along the natural gradient."""
         if not len(exp):
             return {}
-        self.theta.grad = self.value.grad = None
+        self.theta.grad = self.value.grad = self.worth.grad = None
         want = exact.wanted(update.terms)
         batches: list[Tensor | None] = [torch.arange(len(exp))]
         forward = lambda e, rows: self.forward(e, rows, want)  # noqa: E731
@@ -174,13 +188,12 @@ class Table:
                 move = -lr * self.theta.grad / (_visits(self.at(exp), exp, len(p))[:, None] * p).clamp(min=1e-9)
                 self.theta += move.clamp(-0.5, 0.5)
             if self.value.grad is not None:
-                at = self._prefix[_code(exp.ids, exp.mask)]
+                at = self._prefix[code(exp.ids, exp.mask)]
                 self.value -= lr * self.value.grad / _visits(at, exp, len(self.value)).clamp(min=1e-9)
-
-
-def _code(ids: Tensor, mask: Tensor) -> Tensor:
-    """A number for each row of binary tokens [.., T]: its digits in base 3, 0 where there is no token."""
-    return (torch.where(mask, ids + 1, 0) * 3 ** torch.arange(ids.shape[-1])).sum(-1)
+            if self.worth.grad is not None:
+                at = self._response[code(exp.ids, exp.mask)]
+                share = torch.bincount(at, minlength=len(self.worth)).double() / len(exp)
+                self.worth -= lr * self.worth.grad / share.clamp(min=1e-9)
 
 
 def _visits(at: Tensor, exp: Experience, n: int) -> Tensor:
@@ -188,69 +201,15 @@ def _visits(at: Tensor, exp: Experience, n: int) -> Tensor:
     return torch.bincount(at[exp.mask], minlength=n).double() / exp.mask.any(-1).sum()
 
 
-class Systematic:
-    """`prompts` groups of `samples` responses, each possible group as often as its probability says, to within one."""
-
-    def __init__(self, env: Env, table: Table, prompts: int, samples: int, greedy: bool) -> None:
-        self.env, self.table, self.prompts, self.samples, self.greedy = env, table, prompts, samples, greedy
-        self.names = list(env.reward)
-        self.groups = torch.tensor(list(itertools.product(range(len(self.names)), repeat=samples)))  # [G, k]
-        self.version = 0
-        width = max(map(len, self.names))
-        self.tokens = torch.tensor([[int(c) for c in y.ljust(width, "0")] for y in self.names])
-        self.lengths = torch.tensor([len(y) for y in self.names])
-
-    def __next__(self) -> Experience:
-        law = torch.tensor([self.table.law()[y] for y in self.names], dtype=torch.float64)
-        edges = law[self.groups].prod(-1).cumsum(0)
-        offset = (0.5 + GOLDEN * self.version) % 1
-        at = (torch.arange(self.prompts, dtype=torch.float64) + offset) / self.prompts * edges[-1]
-        chosen = self.groups[torch.searchsorted(edges, at).clamp(max=len(edges) - 1)]  # [P, k]
-        if self.greedy:
-            best = self.names.index(self._greedy())
-            chosen = torch.cat([chosen, torch.full((self.prompts, 1), best)], -1)
-        rows = chosen.flatten()
-        mask = torch.arange(self.tokens.shape[1]) < self.lengths[rows, None]
-        exp = Experience(
-            samples=tuple(Sample("", self.names[i], uid=str(n)) for n, i in enumerate(rows.tolist())),
-            ids=self.tokens[rows],
-            attention=mask,
-            mask=mask,
-            group=torch.arange(self.prompts).repeat_interleave(chosen.shape[1]),
-            version=torch.full((len(rows),), self.version),
-            truncated=torch.zeros(len(rows), dtype=torch.bool),
-            greedy=(torch.arange(len(rows)) % (self.samples + 1) == self.samples) if self.greedy else None,
-        )
-        logp = self.table.infer(exp, frozenset({"logp"}))["logp"]
-        return Experience(**{**vars(exp), "behavior_logp": logp})
-
-    def _greedy(self) -> str:
-        y = ""
-        while y not in self.env.reward:
-            p = self.table.theta[self.table.contexts.index(self.env.context(y))]
-            y += str(int(p.argmax()))
-        return y
-
-    def publish(self, version: int) -> None:
-        """The offset moves on, so that rounding averages out."""
-        self.version = version
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing is resumed here."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing is resumed here."""
-
-
 class Reward:
-    """The problem's reward."""
+    """The problem's reward, or what a judge of whole groups makes of it."""
 
-    def __init__(self, env: Env) -> None:
-        self.env = env
+    def __init__(self, env: Env, judged: Callable[[Tensor], Tensor] | None) -> None:
+        self.env, self.judged = env, judged
 
     def __call__(self, samples: Sequence[Sample], group: Tensor) -> Scores:
-        return Scores(torch.tensor([self.env.reward[s.response] for s in samples]))
+        value = torch.tensor([self.env.reward[s.response] for s in samples])
+        return Scores(value if self.judged is None else self.judged(value.reshape(int(group.max()) + 1, -1)).flatten())
 
 
 class Silent:

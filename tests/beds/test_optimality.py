@@ -10,15 +10,24 @@ from typing import Any
 import pytest
 from optimality_bed import Row, land, rows
 from optimality_envs import MEMORYLESS, TWO_TOKENS, Env, distance, optimum
+from reductions import REDUCTIONS, Reduction, rule
+
+from rlhf_cli import catalog
+from rlhf_cli.compose import compose
 
 ROOT = Path(__file__).parents[2]
 CASES = [(row, env) for row in rows() for env in row.envs]
-LONG = ("trpa", "copg")  # they compare all pairs of responses: half a minute each
+LONG = ("trpa", "copg", "dpo")  # they compare all pairs of responses: half a minute each
+slow = pytest.mark.slow
 each_case = pytest.mark.parametrize(
     ("row", "env"),
     [
+        # the last problem of a row, where lengths or contexts differ, stands for its others in a quick run
         pytest.param(
-            r, e, id=f"{r.name}-{e.name}".replace(" ", "-"), marks=[pytest.mark.slow] if r.name.startswith(LONG) else []
+            r,
+            e,
+            id=f"{r.name}-{e.name}".replace(" ", "-"),
+            marks=[slow] if e is not r.envs[-1] or r.name.startswith(LONG) else [],
         )
         for r, e in CASES
     ],
@@ -61,4 +70,28 @@ def test_the_page_holds_every_row_and_its_prediction() -> None:
     for row, env in CASES:
         line = made.start(row, row.predicted(env))
         assert line in parts.get(env.name.capitalize(), ""), f"type: python scripts/method_optima.py --write   ({line})"
-    assert text.count("\n| ") == len(CASES) + len(parts), "a row is gone: python scripts/method_optima.py --write"
+    for r in REDUCTIONS:
+        assert made.reduction(r) in text, f"type: python scripts/method_optima.py --write   ({r.name})"
+    found = text.count("\n| ")
+    assert found == len(CASES) + len(REDUCTIONS) + len(parts), "a row is gone: python scripts/method_optima.py --write"
+
+
+@pytest.mark.parametrize("r", REDUCTIONS, ids=lambda r: r.name)
+def test_its_rule_is_that_of_the_other_recipe(r: Reduction) -> None:
+    mine, other = rule((f"experiment={r.name}",)), rule(r.words)
+    for part, value in mine.items():
+        assert value == other[part], f"{part} of experiment={r.name} is not that of {' '.join(r.words)}"
+
+
+def test_lsc_shapes_each_reward_as_its_row_shapes_one() -> None:
+    words = ["experiment=lsc", "reward.helpful.model.path=x", "reward.harmless.model.path=y"]
+    nodes = compose("train", words, None).reward
+    wanted = compose("train", ["algo=ppo", "shaping=[lsc,kl]"], None).shaping.lsc
+    assert [nodes[name].model.shaping.lsc for name in ("helpful", "harmless")] == [wanted, wanted]
+
+
+def test_every_recipe_stands_on_the_page() -> None:
+    said = {word for row in rows() for word in row.words} | {f"experiment={r.name}" for r in REDUCTIONS}
+    names = [f"{group}={name}" for group in ("algo", "experiment") for name in catalog.groups()[group]]
+    absent = [name for name in names if name not in said]
+    assert not absent, f"{absent}: add a Row to tests/beds/rows_*.py, or a Reduction to tests/beds/reductions.py"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 SKIP = "slurm-wlm is not installed; apt-get install slurm-wlm munge"
-# cred_expire is also how long a requeued job waits. config_overrides: two ranks on a machine of one core. FirstJobId: test processes side by
+# config_overrides: two ranks on a machine of one core. FirstJobId: test processes side by
 # side have a cluster each, and a job's port follows from its number.
 CONF = """\
 ClusterName=rlhf
@@ -22,7 +22,7 @@ SlurmctldPort={ctld}
 SlurmdPort={slurmd}
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket={place}/munge.socket,cred_expire=1
+AuthInfo=socket={place}/munge.socket
 StateSaveLocation={place}/state
 SlurmdSpoolDir={place}/spool
 SlurmctldPidFile={place}/slurmctld.pid
@@ -43,7 +43,10 @@ MinJobAge=3600
 SlurmdParameters=config_overrides
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
 NodeName={host} NodeAddr=127.0.0.1 CPUs=4 RealMemory=100 State=UNKNOWN
-PartitionName=main Nodes={host} Default=YES MaxTime=60 State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes={host} Default=YES MaxTime=60 GraceTime=300 PriorityTier=1 State=UP
+PartitionName=urgent Nodes={host} MaxTime=60 PriorityTier=2 State=UP
 """
 
 

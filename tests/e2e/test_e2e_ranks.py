@@ -8,6 +8,8 @@ import re
 import signal
 import socket
 import stat
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,6 +17,12 @@ import e2e_support as e2e
 import psutil
 import pytest
 from e2e_support import TINY
+from omegaconf import OmegaConf
+
+from rlhf_cli.compose import compose
+from rlhf_cli.hardware import resolve_hardware
+from rlhf_cli.launch.local import prepare
+from rlhf_cli.report.runs import first_error
 
 pytestmark = pytest.mark.slow
 TWO = ("hardware.processes=2", "hardware.zero=2")
@@ -65,9 +73,19 @@ def test_an_error_on_one_rank_is_the_one_that_is_shown(tmp_path: Path) -> None:
     assert "hello from the reward" in (logs / "rank-0.log").read_text() and "hello from the reward" in done.out
 
 
+def test_a_rank_that_runs_out_of_memory_is_named_with_what_to_type(tmp_path: Path) -> None:
+    """In its reward's own code it would be that row's loss, so its forward asks for more than there is."""
+    asks = f"import torch; {ON_RANK_1} and setattr(torch.nn.Linear, 'forward', lambda *a, **k: torch.empty(1 << 60, dtype=torch.uint8))"
+    done = e2e.shell(*words(tmp_path, "memory", asks, *TWO))
+    assert done.code == 2, done.err
+    assert done.err.startswith("rlhf: error: rank 1: out of memory; halve hardware.micro_batch_tokens"), done.err
+    assert done.err.count("\n") == 1 and e2e.status(tmp_path / "memory")["status"] == "failed"
+    assert "DefaultCPUAllocator" in (tmp_path / "memory" / "logs" / "rank-1.error").read_text()
+
+
 def test_silence_writes_the_stacks_of_every_rank_even_of_one_that_holds_the_lock(tmp_path: Path) -> None:
     stuck = f"import ctypes; {ON_RANK_1} and ctypes.PyDLL(None).sleep(300)"  # PyDLL keeps the interpreter's lock
-    done = e2e.shell(*words(tmp_path, "stuck", stuck, *TWO, "hardware.timeout=8"))
+    done = e2e.shell(*words(tmp_path, "stuck", stuck, *TWO, "hardware.timeout=20"))
     logs = tmp_path / "stuck" / "logs"
     assert done.code == 75, done.err
     said = r"rank 0 silent for \d+ s in phase evaluate; every rank but 1 waits in a collective; stacks of every rank"
@@ -75,6 +93,28 @@ def test_silence_writes_the_stacks_of_every_rank_even_of_one_that_holds_the_lock
     assert "in score" in (logs / "rank-1.stacks").read_text() and "stuck.py" in (logs / "rank-1.stacks").read_text()
     assert "torch/distributed" in (logs / "rank-0.stacks").read_text()
     assert e2e.status(tmp_path / "stuck")["status"] == "failed"
+
+
+def test_silence_writes_the_stacks_of_every_rank_without_a_keeper_too(tmp_path: Path) -> None:
+    """Two ranks as torchrun or srun starts them: nobody but the other rank can reach the one that holds the interpreter's lock."""
+    stuck = f"import ctypes; {ON_RANK_1} and ctypes.PyDLL(None).sleep(300)"
+    cfg = compose("train", words(tmp_path, "bare", stuck, *TWO, "hardware.timeout=20")[1:], None)
+    OmegaConf.update(cfg, "hardware", resolve_hardware(cfg), merge=True)
+    run = prepare(cfg)
+    run.release()
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port())}
+    ranks = []
+    for rank in ("0", "1"):
+        environment = e2e.environment(RANK=rank, LOCAL_RANK=rank, **world)
+        with (tmp_path / f"log{rank}").open("wb") as log:
+            command = [sys.executable, "-m", "rlhf_cli.worker", str(run.path)]
+            ranks.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
+    assert [p.wait(240) for p in ranks] == [75, -signal.SIGQUIT], (tmp_path / "log0").read_text()
+    assert "in score" in run.stacks(1).read_text() and "bare.py" in run.stacks(1).read_text()
+    assert "torch/distributed" in run.stacks(0).read_text()
+    state = e2e.status(run.path)
+    assert state["status"] == "failed" and state["reason"].startswith("rank 0 silent for ")
+    assert "; every rank but 1 waits in a collective; stacks of every rank are in " in first_error(run)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -123,6 +163,20 @@ def test_uneven_data_does_not_hang(stage: int, tmp_path: Path) -> None:
     done = e2e.shell(*words(tmp_path, "uneven", "pass", *more, "gates.constant_steps=50"))
     assert done.code == 0, done.out + done.err
     assert [r["count/groups"] for r in e2e.jsonl(tmp_path / "uneven" / "metrics.jsonl")] == [1, 1]
+
+
+def test_offloading_to_the_host_changes_no_loss(tmp_path: Path) -> None:
+    """Two processes under ZeRO-3 with DeepSpeed's own offloading of state and parameters, against the same without."""
+    runs = {}
+    for offload in ("none", "cpu"):
+        more = ("hardware.processes=2", "hardware.zero=3", f"hardware.offload={offload}", "optim.lr=0.001")
+        done = e2e.shell(*words(tmp_path, offload, "pass", *more))
+        assert done.code == 0, done.out + done.err
+        runs[offload] = e2e.numbers(tmp_path / offload)["metrics.jsonl"]
+    assert [r["step"] for r in runs["cpu"]] == [1, 2]
+    assert runs["cpu"][0]["policy/grad_norm"] > 0, "something is learnt"
+    for plain, moved in zip(*runs.values(), strict=True):
+        assert moved == pytest.approx(plain, rel=1e-4, abs=1e-6)
 
 
 def port() -> int:

@@ -118,23 +118,34 @@ def test_a_truncated_checkpoint_is_refused_and_no_valid_one_is_an_error(rlhf: Rl
 
 
 def test_two_at_once_one_refuses(tmp_path: Path) -> None:
-    """Both typed in the same instant: exactly one goes on, and the other touches nothing."""
-    first = [e2e.begin(*words(tmp_path), log=tmp_path / f"log{i}") for i in range(2)]
-    codes = sorted(p.wait(240) for p in first)
-    assert codes == [0, 2], [(tmp_path / f"log{i}").read_text() for i in range(2)]
-    said = "".join((tmp_path / f"log{i}").read_text() for i in range(2))
-    assert said.count("is being written by pid ") == 1
-    assert e2e.status(tmp_path / "r")["status"] == "finished"
-    assert [r["step"] for r in e2e.jsonl(tmp_path / "r" / "metrics.jsonl")] == [1, 2]
+    """Both typed in the same instant, to start a run and to resume one: exactly one goes on, and the other touches nothing."""
+    for number, command in enumerate((words(tmp_path), ["resume", str(tmp_path / "r"), "steps=3"])):
+        logs = [tmp_path / f"log{number}{i}" for i in range(2)]
+        codes = sorted(p.wait(240) for p in [e2e.begin(*command, log=log) for log in logs])
+        said = "".join(log.read_text() for log in logs)
+        assert codes == [0, 2], said
+        assert said.count("is being written by pid ") == 1
+        assert e2e.status(tmp_path / "r")["status"] == "finished"
+        assert [r["step"] for r in e2e.jsonl(tmp_path / "r" / "metrics.jsonl")] == list(range(1, 3 + number))
 
 
 def test_a_short_stress(tmp_path: Path) -> None:
-    """The script behind the figures of docs/reliability.md, with four kills; test_e2e_resume kills two processes."""
+    """The script behind the figures of docs/reliability.md: every kind of moment once, under ZeRO-3 and on two ranks, one of which dies alone."""
     script, out = ROOT / "scripts" / "stress.py", tmp_path / "figures.json"
+    asked = ["--kills", "8", "--setups", "1x3,2x2", "--moments", "rename,renamed,checkpoint,random"]
     done = subprocess.run(
-        [sys.executable, str(script), "--kills", "4", "--setups", "1x0,1x3", "--dir", str(tmp_path / "s"), "--out", str(out)],
+        [sys.executable, str(script), *asked, "--dir", str(tmp_path / "s"), "--out", str(out)],
         capture_output=True, text=True, timeout=900, env=e2e.environment(), check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads(out.read_text())
-    assert (figures["kills"], figures["exact"]) == (4, 4)
+    assert (figures["kills"], figures["exact"]) == (8, 8)
+    one, two = (row["where"] for row in figures["setups"])
+    assert one == {"checkpoint": 1, "random": 1, "rename": 1, "renamed": 1}
+    assert two == {"checkpoint": 1, "random": 1, "rename": 1, "renamed of one rank": 1}
+
+
+def test_a_stress_at_an_unknown_moment_is_refused() -> None:
+    asked = [sys.executable, str(ROOT / "scripts" / "stress.py"), "--moments", "rename,lunch"]
+    done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "--moments lunch: unknown; there are load, rollout" in done.stderr

@@ -44,12 +44,22 @@ def job(run: Path) -> str:
 
 
 def queued(run: Path, slurm: dict[str, str]) -> str:
-    """SLURM's state of a run's job, empty when it is over."""
-    return slurm_cluster.tell(["squeue", "-h", "-o", "%T", "-j", job(run)], slurm).partition("\n")[0]
+    """SLURM's state of a run's job, empty when it is over. A SLURM that does not answer is asked again."""
+    while True:
+        asked = ["squeue", "-h", "-o", "%T", "-j", job(run)]
+        done = subprocess.run(asked, env=os.environ | slurm, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return done.stdout.partition("\n")[0]
+        assert "Invalid job id" not in done.stderr, "jobs are remembered for longer than a test takes"
+        time.sleep(0.5)
 
 
 def over(run: Path, slurm: dict[str, str]) -> bool:
-    return "PENDING" not in (now := queued(run, slurm)) and "RUNNING" not in now and "COMPLETING" not in now
+    return queued(run, slurm) == ""
+
+
+def scontrol(slurm: dict[str, str], *words: str) -> None:
+    subprocess.run(["scontrol", *words], env=os.environ | slurm, capture_output=True, check=True)
 
 
 def wait(happened: Callable[[], bool], run: Path, slurm: dict[str, str], limit: float = 480) -> None:
@@ -75,34 +85,47 @@ def reward(place: Path, body: str = SLOW) -> list[str]:
     return ["reward=python", e2e.python_reward(place / "mine.py", body)]
 
 
-def test_a_preempted_job_is_requeued_and_equals_one_left_alone(
-    rlhf: Callable[..., Done], slurm: dict[str, str], tmp_path: Path
-) -> None:
-    run, alone, hold = tmp_path / "runs" / "stopped", tmp_path / "runs" / "alone", tmp_path / "hold"
-    hold.touch()
-    mine = reward(tmp_path, held(run, hold))
-    words = [*TINY, *RANKS, "hardware=cpu", f"steps={STEPS}", "optim.lr=0.001", *mine, "tracker=offline"]
-    done = rlhf("train", *words, "launcher=slurm", "run.name=stopped")
+EXACT = (*TINY, *RANKS, f"steps={STEPS}", "optim.lr=0.001", "tracker=offline")
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nobody stops."""
+    place = tmp_path_factory.mktemp("alone")
+    done = e2e.shell("train", *EXACT, "hardware=cpu", *reward(place, VALUES), "run.name=alone", cwd=place)
+    assert done.code == 0, done.err
+    return place / "runs" / "alone"
+
+
+def begun(rlhf: Callable[..., Done], slurm: dict[str, str], place: Path, *words: str) -> Path:
+    """The same run, submitted, standing still after its first step."""
+    run = place / "runs" / "stopped"
+    (place / "hold").touch()
+    mine = reward(place, held(run, place / "hold"))
+    done = rlhf("train", *EXACT, *SLURM, *mine, "run.name=stopped", *words)
     assert done.code == 0, done.err
     assert (
         done.out == f"rlhf: submitted job {job(run)}; the run is runs/stopped; follow it: rlhf logs runs/stopped -f\n"
     )
-    assert rows(run) < STEPS, "it came back before the run ended"
-    again = rlhf("train", *words, "launcher=slurm", "run.name=stopped")
+    again = rlhf("train", *EXACT, *SLURM, *mine, "run.name=stopped", *words)
     assert again.code == 2 and f"run stopped is being written by job {job(run)}" in again.err
     wait(lambda: rows(run) == 1, run, slurm)
-    first = json.loads((run / "wandb" / "mirror.json").read_text())["id"]
-    slurm_cluster.tell(["scancel", "--signal=USR1", job(run)], slurm)
-    wait(lambda: "SIGUSR1: stopping after this step" in e2e.notes(run), run, slurm)
-    hold.unlink()
+    return run
+
+
+def goes_on(rlhf: Callable[..., Done], slurm: dict[str, str], run: Path, alone: Path, why: str) -> None:
+    """A run that a signal asked to stop saves, is requeued, goes on under the same names, and equals one left alone."""
+    tracked = json.loads((run / "wandb" / "mirror.json").read_text())["id"]
+    wait(lambda: f"{why}: stopping after this step" in e2e.notes(run), run, slurm)
+    (run.parent.parent / "hold").unlink()
     wait(lambda: queued(run, slurm) == "PENDING", run, slurm)
+    scontrol(slurm, "hold", job(run))
     stopped = e2e.status(run)
-    assert (stopped["status"], stopped["reason"]) == ("preempted", "SIGUSR1") and 1 <= stopped["step"] < STEPS
+    assert (stopped["status"], stopped["reason"]) == ("preempted", why) and 1 <= stopped["step"] < STEPS
     assert "requeued" in rlhf("runs").out.splitlines()[1].split()
-    # SLURM holds a requeued job back for two minutes, until its old credential has expired
-    slurm_cluster.tell(["scontrol", "update", f"JobId={job(run)}", "StartTime=now"], slurm)
-    left_alone = rlhf("train", *words, "run.name=alone")
-    assert left_alone.code == 0, left_alone.err
+    scontrol(slurm, "release", job(run))
+    # SLURM holds a requeued job back for two minutes, until its old credential has expired; a slow machine needs no second stop
+    scontrol(slurm, "update", f"JobId={job(run)}", "StartTime=now", "TimeLimit=60")
     wait_over(run, slurm)
     log = rlhf("logs", "runs/stopped").out
     assert f"requeued job {job(run)} (1 of at most 100 times)" in log
@@ -110,10 +133,31 @@ def test_a_preempted_job_is_requeued_and_equals_one_left_alone(
     e2e.assert_same(alone, run)
     assert [r["step"] for r in e2e.jsonl(run / "metrics.jsonl")] == list(range(1, STEPS + 1))
     folders = [p.name.rpartition("-")[2] for p in (run / "wandb").glob("offline-run-*")]
-    assert folders == [first, first], "one W&B run, written twice"
+    assert folders == [tracked, tracked], "one W&B run, written twice"
+
+
+def test_a_preempted_job_is_requeued_and_equals_one_left_alone(
+    rlhf: Callable[..., Done], slurm: dict[str, str], tmp_path: Path, alone: Path
+) -> None:
+    run = begun(rlhf, slurm, tmp_path)
+    urgent = ["sbatch", "--partition=urgent", "--exclusive", f"--output={tmp_path}/urgent.log", "--wrap=echo done"]
+    assert "Submitted" in slurm_cluster.tell(urgent, slurm)
+    goes_on(rlhf, slurm, run, alone, "SIGTERM")
+    assert (tmp_path / "urgent.log").read_text() == "done\n", "it had the machine in between"
     table = rlhf("runs").out
-    assert ["stopped", "finished", f"{STEPS}/{STEPS}"] == table.splitlines()[2].split()[:3] and job(run) in table
+    assert ["stopped", "finished", f"{STEPS}/{STEPS}"] == table.splitlines()[1].split()[:3] and job(run) in table
     assert rlhf("logs", "runs/stopped", "rank=1").code == 0 and (run / "logs" / "rank-1.log").exists()
+
+
+def test_a_time_limit_asks_for_a_checkpoint_and_the_run_goes_on(
+    rlhf: Callable[..., Done], slurm: dict[str, str], tmp_path: Path, alone: Path
+) -> None:
+    # SLURM looks every half minute, and signals as much earlier where it would be late
+    run = begun(rlhf, slurm, tmp_path, "launcher.time=10", "launcher.signal_before=29")
+    shown = slurm_cluster.tell(["squeue", "-h", "-O", "TimeUsed", "-j", job(run)], slurm).strip().split(":")
+    limit = (60 * int(shown[-2]) + int(shown[-1]) + 35) // 60 + 1  # minutes, at least one look before they are over
+    scontrol(slurm, "update", f"JobId={job(run)}", f"TimeLimit={limit}")
+    goes_on(rlhf, slurm, run, alone, "SIGUSR1")
 
 
 def test_the_first_failing_rank_is_named_and_the_log_followed_to_its_end(
@@ -216,28 +260,53 @@ def test_hydras_submitit_launcher_with_two_tasks_a_node(
     configs = "".join((run / "config.yaml").read_text() for run in found)
     wrong = rlhf(*words, "hardware.processes=3", "seed=9")  # a failure in a job must not look like success here
     assert wrong.code == 2 and "sweep point 1 ended with 2; its log lies in " in wrong.err
-    log = next(tmp_path.glob("runs/sweeps/*/.submitit/*/*_0_log.err"))
-    assert "hardware.processes=3: srun started 2 task(s) a machine" in "".join(
-        p.read_text() for p in log.parent.parent.parent.parent.glob("*/.submitit/*/*_0_log.*")
-    )
+    logs = Path(wrong.err.rpartition("its log lies in ")[2].strip()).glob("*_0_log.*")
+    assert "hardware.processes=3: srun started 2 task(s) a machine" in "".join(p.read_text() for p in logs)
     assert "\nseed: 7\n" in f"\n{configs}" and "\nseed: 8\n" in f"\n{configs}"
 
 
 def test_srun_in_a_batch_script_of_ones_own(slurm: dict[str, str], tmp_path: Path) -> None:
-    def srun(*words: str) -> str:
-        command = ["srun", "--ntasks=2", *e2e.command(*words)]
-        environment = e2e.environment(**slurm)
-        done = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400, check=False
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+    def srun(*words: str, option: str = "--label") -> subprocess.Popen[str]:
+        command = ["srun", "--ntasks=2", option, *e2e.command(*words)]
+        pipe, environment = subprocess.PIPE, e2e.environment(**slurm)
+        return subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=pipe, stderr=pipe, text=True)
 
-    run = tmp_path / "runs" / "own"
-    srun("train", *TINY, "steps=1", "run.name=own")
-    shown = srun("resume", "runs/own", "steps=2")
-    assert "resumed from step-000001: 1 of 2 steps done" in shown and rows(run) == 2
+    run, killed, hold = tmp_path / "runs" / "own", tmp_path / "runs" / "killed", tmp_path / "hold"
+    first = srun("train", *TINY, "steps=1", "run.name=own")
+    said = first.communicate(timeout=400)
+    assert first.returncode == 0, said
+    assert said[1].count("rlhf: warning: should a rank be killed, srun will let the others wait for it") == 1
+    again = srun("resume", "runs/own", "steps=2", option="--kill-on-bad-exit=1")
+    said = again.communicate(timeout=400)
+    assert again.returncode == 0 and "resumed from step-000001: 1 of 2 steps done" in said[0] and rows(run) == 2, said
+    assert "rlhf: warning" not in said[1]
     assert json.loads((run / "checkpoints" / "step-000002" / "state.json").read_text())["world"] == 2
+    hold.touch()  # never removed: rank 0 would wait for ever
+    held_up = [*TINY, *reward(tmp_path, held(killed, hold)), "run.name=killed"]
+    with srun("train", *held_up, option="--kill-on-bad-exit=1") as last:
+        assert e2e.until(lambda: rows(killed) == 1, process=last)  # type: ignore[arg-type]
+        rank = json.loads((killed / "logs" / "heartbeat-rank-1.json").read_text())["pid"]
+        os.kill(rank, signal.SIGKILL)
+        assert last.wait(60) != 0
+
+
+def test_a_command_that_is_killed_while_it_submits_leaves_no_second_job(
+    rlhf: Callable[..., Done], slurm: dict[str, str], tmp_path: Path
+) -> None:
+    run, slow = tmp_path / "runs" / "once", tmp_path / "bin" / "sbatch"
+    slow.parent.mkdir()
+    slow.write_text(f'#!/bin/sh\n{shutil.which("sbatch")} "$@" >/dev/null; kill -KILL $PPID\n')
+    slow.chmod(0o755)
+    words = ("train", *TINY, *SLURM, "steps=1", "launcher.sbatch.hold=true", "run.name=once")
+    killed = e2e.shell(*words, cwd=tmp_path, **slurm, PATH=f"{slow.parent}:{os.environ['PATH']}")
+    assert killed.code == -signal.SIGKILL and not (run / "job.json").exists()
+    queue = slurm_cluster.tell(["squeue", "-h", "--name=once", "-o", "%i"], slurm).split()
+    done = rlhf(*words)
+    assert done.code == 0 and f"job {queue[0]} waits or works for this run already" in done.out, done
+    assert [job(run)] == queue == slurm_cluster.tell(["squeue", "-h", "--name=once", "-o", "%i"], slurm).split()
+    scontrol(slurm, "release", job(run))
+    wait_over(run, slurm)
+    assert e2e.status(run)["status"] == "finished"
 
 
 def test_sbatch_refuses_in_one_line(rlhf: Callable[..., Done]) -> None:

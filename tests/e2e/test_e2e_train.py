@@ -13,7 +13,17 @@ from e2e_support import TINY, Done
 
 from rlhf_cli import catalog
 
-ALGOS = list(catalog.groups()["algo"])
+QUICK = (
+    "grpo",
+    "ppo",
+    "ppo_shared",
+    "dpo",
+    "sft",
+    "reward_model",
+    "dapo",
+    "remax",
+)  # one of each form; all in `make test`
+ALGOS = [pytest.param(a, marks=[] if a in QUICK else [pytest.mark.slow]) for a in catalog.groups()["algo"]]
 Train = Callable[..., Path]
 Rlhf = Callable[..., Done]
 HELD = "dataset.heldout_fraction=0.3"  # of a dozen records

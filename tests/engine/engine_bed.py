@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlhf_cli.engine.comm import Comm, start
 from rlhf_cli.engine.deepspeed import DeepSpeedEngine, Setup
+from rlhf_cli.engine.following import Follower
 from rlhf_cli.models import packing
 from rlhf_cli.models.heads import PolicyHead
 from rlhf_cli.objectives import dpo, ppo_clip
@@ -75,17 +76,48 @@ def weights(e: DeepSpeedEngine) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in e.full_state() if name in trained}
 
 
+def offloaded(e: DeepSpeedEngine) -> list[str]:
+    """Where DeepSpeed says that optimizer state and parameters are, if not on the device."""
+    return [str(x.device) for x in (e.engine.zero_offload_optimizer(), e.engine.zero_offload_param()) if x is not None]
+
+
 def steps(e: DeepSpeedEngine, updates: tuple[Update, ...] = SCHEDULE) -> list[dict[str, float]]:
     return [e.step(experience(), u, lr=LR) for u in updates]
 
 
+def settings(out: Path) -> dict[str, dict[str, Any]]:
+    """Every way to shard: the stages, and stage 3 with parameters and state elsewhere; a disk only where DeepSpeed can reach one."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    found: dict[str, dict[str, Any]] = {f"zero{zero}": {"zero": zero} for zero in (0, 1, 2, 3)}
+    found["bf16"] = {"bf16": True}
+    found["zero2-cpu"] = {"zero": 2, "offload": "cpu"}
+    found["zero3-cpu"] = {"zero": 3, "offload": "cpu"}
+    if AsyncIOBuilder().is_compatible(verbose=False):
+        found["zero3-nvme"] = {"zero": 3, "offload": "nvme", "nvme_path": str(out / "disk")}
+    return found
+
+
+def followed(e: DeepSpeedEngine) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+    """The schedule with a copy every second step and an average beside it: statistics of the steps, and the weights of both."""
+    rules: dict[str, Any] = {"copy": {"every": 2, "decay": 0.0}, "average": {"every": 1, "decay": 0.5}}
+    own = next(e.engine.module.parameters()).dtype
+    models = {name: Follower(name, head(own), e, **rule) for name, rule in rules.items()}
+    stats = []
+    for step, update in enumerate(SCHEDULE, 1):
+        stats += steps(e, (update,))
+        for model in models.values():
+            model(step)
+    return stats, {f"{name}/{k}": p.detach().clone() for name, m in models.items() for k, p in m.own.items()}
+
+
 def main(out: Path) -> None:
-    """Every stage: steps, a checkpoint, more steps, and the same again from the checkpoint."""
+    """Every way to shard: steps, a checkpoint, more steps, and the same again from the checkpoint."""
     comm = start(torch.device("cpu"))
-    for zero in (0, 1, 2, 3):
-        e = engine(comm, zero=zero)
-        stats = steps(e)
-        folder = out / f"zero{zero}"
+    for name, changes in settings(out).items():
+        e = engine(comm, **changes)
+        stats, beside = followed(e)
+        folder = out / name
         folder.mkdir(exist_ok=True)
         comm.barrier()
         state = e.save(folder)
@@ -100,12 +132,14 @@ def main(out: Path) -> None:
         if comm.rank == 0:
             kept = {
                 "stats": stats,
+                "beside": beside,
                 "more": more,
                 "again": again,
                 "before": before,
                 "loaded": loaded,
                 "after": after,
                 "final": final,
+                "offload": offloaded(e),
             }
             torch.save(copy.deepcopy(kept) | {"state": state, "world": comm.world}, folder / "kept.pt")
         comm.barrier()

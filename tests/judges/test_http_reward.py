@@ -158,6 +158,13 @@ def test_the_token_is_sent_and_never_shown(monkeypatch: pytest.MonkeyPatch) -> N
         scores = score(http(server, key_env="TEST_TOKEN"), SAMPLES[:1])
         assert server.headers[0]["authorization"] == f"Bearer {KEY}"
     assert scores.reasons == {0: "you sent <redacted>"}
+    body = {"values": [1], "components": {KEY: [1]}}
+    with serving(lambda b, n: give(**body)) as server:
+        scores = score(http(server, key_env="TEST_TOKEN"), SAMPLES[:1])
+    assert list(scores.components) == ["<redacted>"]
+    with serving(lambda b, n: give(values=[None], reasons=["x" * 195 + KEY])) as server:
+        scores = score(http(server, key_env="TEST_TOKEN"), SAMPLES[:1])
+    assert KEY[:3] not in scores.reasons[0], "hidden before it is cut off"
     with serving(lambda b, n: Say(status=400, raw=KEY.encode())) as server:
         scores = score(http(server, key_env="TEST_TOKEN"), SAMPLES[:1])
     assert KEY not in scores.reasons[0] and "<redacted>" in scores.reasons[0]

@@ -15,11 +15,13 @@ from rlhf_cli.errors import ConfigError
 from rlhf_cli.judges.ask import Ask, Reply, Sampling
 from rlhf_cli.judges.cache import Cache
 from rlhf_cli.judges.judge import Judge
-from rlhf_cli.judges.rule import Rule
+from rlhf_cli.judges.rule import RULES, Rule
 from rlhf_cli.judges.strict import Unreadable
 from rlhf_cli.plan import validate
+from rlhf_cli.rewards.combine import Combined
 from rlhf_cli.rewards.mpo import COUNT, Mpo, parse_rubric
-from rlhf_cli.types import Sample
+from rlhf_cli.stages import scoring
+from rlhf_cli.types import Experience, Sample
 
 FIRST = "<item>Is it lively?</item>"
 CLOSED = "<item>Is it lively?\n- 0: no\n- 5: yes</item>\n<item>### shouting\n- -10: it shouts\n- 0: it does not</item>"
@@ -30,6 +32,9 @@ class Lone:
 
     def broadcast(self, x: Any) -> Any:
         return x
+
+    def gather(self, x: Any) -> list[Any]:
+        return [x]
 
 
 def mpo(backend: Any = None, folder: Path | None = None, **more: Any) -> Mpo:
@@ -91,7 +96,10 @@ def test_without_rewriting_it_is_a_plain_judge() -> None:
     assert step(never, texts).tolist() == [0.0, 3.0, 4.0] and (never.version, never.seen) == (0, [])
 
 
-@pytest.mark.parametrize("written", ["no criteria at all", "<item>open", "<item></item>", ""])
+@pytest.mark.parametrize(
+    "written",
+    ["no criteria at all", "<item>open", "<item></item>", "", "It says <item>5 for me</item>. So: <item>a</item>"],
+)
 def test_a_rubric_that_cannot_be_read_keeps_the_old(written: str, tmp_path: Path) -> None:
     def answer(ask: Ask) -> Reply:
         return Reply("3" if COUNT in ask.system else written) if ask.meta else hackable(ask)
@@ -100,7 +108,34 @@ def test_a_rubric_that_cannot_be_read_keeps_the_old(written: str, tmp_path: Path
     for _ in range(3):
         step(reward, ["a", "b"])
     assert (reward.version, reward.rubric) == (0, FIRST)
-    assert (tmp_path / "rubrics" / "refused-000003.txt").exists()
+    assert (
+        (tmp_path / "rubrics" / "refused-000003.txt")
+        .read_text()
+        .startswith("no rewritten rubric could be read; the old one stays: the ")
+    )
+
+
+def test_a_meta_judge_that_is_not_there_is_told_before_training_and_later_keeps_the_old(tmp_path: Path) -> None:
+    def answer(ask: Ask) -> Reply:
+        return Reply(error="gone") if ask.meta else hackable(ask)
+
+    reward = mpo(Fake(answer), tmp_path)
+    for _ in range(3):
+        step(reward, ["a", "b"])
+    assert reward.version == 0 and (tmp_path / "rubrics" / "refused-000003.txt").read_text().endswith("stays: gone\n")
+    assert [a.meta for a in reward.trial()] == [False, True] and len(mpo(interval=0).trial()) == 1
+
+
+def test_how_many_criteria_is_one_number_or_as_many_as_there_are() -> None:
+    reward = mpo()
+    assert [reward._count(t) for t in ("4", "12.", "0", "The response says 99, I say 2", "many", None)] == [
+        4,
+        12,
+        1,
+        1,
+        1,
+        1,
+    ]
 
 
 def test_it_goes_on_where_it_was() -> None:
@@ -139,6 +174,64 @@ def test_sums_by_the_largest_sum_and_unreadable_grades() -> None:
     lost = mpo(Fake(lambda ask: reply(item_1={"rationale": "", "score": 9})))
     scores = lost([Sample("p", "r")], torch.zeros(1, dtype=torch.int64))
     assert scores.reasons == {0: "the judge's score of item_1 9 is not from 0 to 5"}
+
+
+def whole(reward: Mpo, texts: list[str]) -> torch.Tensor:
+    """A step as the loop takes it: scored, settled, observed; the score that counts."""
+    made: list[torch.Tensor] = []
+    stage = scoring(Combined({"mpo": (1.0, reward)}), Lone(), 1.0, made.append)  # type: ignore[arg-type]
+    samples = tuple(Sample("p", t, uid=f"u{i}") for i, t in enumerate(texts))
+    n = len(samples)
+    exp = Experience(samples=samples, group=torch.arange(n), ids=torch.zeros(n, 1, dtype=torch.int64))
+    done = stage(exp)
+    assert torch.equal(made[0], done.score) and torch.equal(done.score, done.components["mpo"])
+    return done.score
+
+
+def test_each_version_has_its_own_mean_and_spread() -> None:
+    # The rule's sums on 0..5 for 0, 64 and 192 characters: 0, 3, 4. Step 1: mean 7/3, population variance 26/9.
+    # Step 2 adds 3, 3: of 0, 3, 4, 3, 3 the mean is 13/5 and the variance 43/5 - 169/25 = 46/25.
+    reward = mpo(normalize="per_version_meanstd", interval=2)
+    first, second = whole(reward, ["", "x" * 64, "x" * 192]), whole(reward, ["x" * 64] * 2)
+    assert first.tolist() == pytest.approx([(v - 7 / 3) / (26 / 9) ** 0.5 for v in (0, 3, 4)], abs=1e-6)
+    assert second.tolist() == pytest.approx([(3 - 13 / 5) / (46 / 25) ** 0.5] * 2, abs=1e-6)
+    # Version 1 has two criteria of 1..5, floor(1 + 5 q): sums 2, 6, 8 (q = 0, 1/2, 3/4). Nothing of version 0 is left.
+    assert reward.version == 1 and reward.moments.count == 0
+    mean, std = 16 / 3, (104 / 3 - 256 / 9) ** 0.5
+    third = whole(reward, ["", "x" * 64, "x" * 192])
+    assert third.tolist() == pytest.approx([(v - mean) / std for v in (2, 6, 8)], abs=1e-6)
+    assert whole(mpo(normalize="per_version_meanstd"), ["a", "a"]).tolist() == [0.0, 0.0], "no spread yet"
+
+
+def test_the_moments_are_of_a_whole_step_and_missing_rows_are_none() -> None:
+    def answer(ask: Ask) -> Reply:
+        return Reply("?") if shown(ask) == ["lost"] else ask.stand_in(RULES["length"])
+
+    reward = mpo(Fake(answer), normalize="per_version_meanstd")
+    scores = whole(reward, ["", "lost", "x" * 64])
+    assert scores.tolist() == pytest.approx([-1.0, 1.0]) and reward.moments.count == 2
+
+
+def test_the_meta_judge_reads_points_whatever_counts() -> None:
+    for how in ("none", "by_max", "per_version_meanstd"):
+        reward = mpo(normalize=how)
+        whole(reward, ["x" * 64, ""])
+        assert sorted(c[3] for c in reward.seen) == pytest.approx([0.0, 3.0]), how
+
+
+def test_the_moments_go_on_where_they_were_and_an_older_run_without_them_goes_on() -> None:
+    one = mpo(normalize="per_version_meanstd", interval=4)
+    whole(one, ["", "x" * 64])
+    state = json.loads(json.dumps(one.state_dict()))
+    other = mpo(normalize="per_version_meanstd", interval=4)
+    other.load_state_dict(state)
+    for texts in (["x" * 192, "x"], ["x" * 64, ""], ["", "x" * 9], ["x" * 64, "x" * 300]):  # a new version on the way
+        assert torch.equal(whole(one, texts), whole(other, texts))
+    assert one.state_dict() == other.state_dict() and one.version == 1
+    del state["moments"]
+    old = mpo()
+    old.load_state_dict(state)
+    assert old.moments.count == 0 and old.steps == 1
 
 
 def test_a_rubric_never_changes_within_a_step() -> None:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from test_rewards import Fake, by, reply
 
-from rlhf_cli.credit import identity, reward_to_go_filtered
+from rlhf_cli.credit import identity, reward_to_go, reward_to_go_filtered
 from rlhf_cli.objectives import ppo_clip, pre_clip
+from rlhf_cli.reduce import sequence_mean
+from rlhf_cli.rewards.judge_pairs import JudgePairwise
 from rlhf_cli.rewards.pair_verdict import PairVerdict
 from rlhf_cli.rewards.verdicts import RankingVerdict, ScoresVerdict, list_format, pair_order
 from rlhf_cli.select import drop_skewed
+from rlhf_cli.shaping import token_kl
+from rlhf_cli.shaping.place import at_end
 from rlhf_cli.types import Sample, Scores
 
 NAMES = ("A", "B", "C")
@@ -57,6 +63,15 @@ def test_the_format() -> None:
         '{"scores": {}}': 0.3,
     }.items():
         assert list_format(text, NAMES)[0] == pytest.approx(worth), text
+
+
+def test_an_order_is_worth_something_where_the_scores_allow_it() -> None:
+    """Of all scores 1..3 and all orders of three names: 0.2 more exactly where nobody stands above a higher score."""
+    for scores in itertools.product((1, 2, 3), repeat=3):
+        said = dict(zip(NAMES, scores, strict=True))
+        for best in itertools.permutations(NAMES):
+            allowed = all(said[a] >= said[b] for a, b in itertools.combinations(best, 2))
+            assert list_format(answer(said, list(best)), NAMES)[0] == pytest.approx(0.8 if allowed else 0.6)
 
 
 def test_format_and_order_together() -> None:
@@ -105,6 +120,23 @@ def test_an_exact_boundary_stays() -> None:
     score = torch.tensor([0.0, 1, 1, 1, 0])  # 3 / 5 = 0.6
     keep = drop_skewed(score, torch.zeros(5, dtype=torch.int64), most=0.6).keep
     assert keep is not None and len(keep) == 5
+
+
+@pytest.mark.parametrize(("inconsistent", "others", "stays"), [("loss", -1.0, False), ("tie", 0.0, True)])
+def test_a_judge_of_the_place_drops_every_group_or_teaches_nothing(
+    inconsistent: str, others: float, stays: bool
+) -> None:
+    # It says "the first" in both orders, so nobody wins. As losses: all -1 but the pivot, 3 / 4 is beyond 0.6; as ties: all 0.
+    reward = JudgePairwise(
+        rubric="r", against="pivot", answer="verdict", rule="strict", scale="sign", inconsistent=inconsistent, votes=1,  # type: ignore[arg-type]
+    )  # fmt: skip
+    reward.connect(by(Fake(lambda ask: reply(rationale="", better="A"))))
+    samples, group = [Sample("p", t, uid="u") for t in "abcd"], torch.zeros(4, dtype=torch.int64)
+    value = reward(samples, group).value
+    assert sorted(value.tolist()) == sorted([0.0, *[others] * 3])
+    keep = drop_skewed(value, group, most=0.6).keep
+    assert keep is not None and len(keep) == (4 if stays else 0)
+    assert not identity(value, torch.ones(4, 2, dtype=torch.bool)).advantage[keep].any()
 
 
 def test_the_score_is_the_advantage() -> None:
@@ -187,6 +219,30 @@ def test_within_the_bound_it_is_ppo() -> None:
     logp, old, a = (torch.randn(4, 5, generator=g, dtype=torch.float64) for _ in range(3))
     plain = ppo_clip(logp, old, a, eps_low=0.2, eps_high=0.2, dual_clip=None)
     assert torch.allclose(pre_clip(logp, old, a, **PRE), plain)
+
+
+def test_without_bounds_it_is_reinforce_pp() -> None:
+    """No bound on the ratio, no filter, verdicts never checked: the tensors of REINFORCE++ with this reduction, gradient included."""
+    g = torch.Generator().manual_seed(0)
+    n, t = 6, 5
+    mask = torch.arange(t) < torch.tensor([5, 3, 1, 4, 2, 5])[:, None]
+    score = torch.randn(n, generator=g)
+    old, start = torch.randn(n, t, generator=g), torch.randn(n, t, generator=g) / 4
+    reward = token_kl(old, old + 0.1, mask, beta=1e-3, kind="k1") + at_end(score, mask)
+    plain = reward_to_go(reward, mask, gamma=1.0, whiten=True)
+    free = reward_to_go_filtered(reward, mask, gamma=1.0, sigmas=math.inf)
+    assert torch.equal(plain.advantage, free.advantage) and torch.equal(plain.returns, free.returns)  # type: ignore[arg-type]
+    found = []
+    for objective in (
+        partial(ppo_clip, eps_low=0.2, eps_high=0.2, dual_clip=None),
+        partial(pre_clip, bound=math.inf, eps_low=0.2, eps_high=0.2),
+    ):
+        logp = (old + start).requires_grad_()
+        values = objective(logp, old, free.advantage)
+        (values * sequence_mean(mask)).sum().backward()
+        found.append((values.detach(), logp.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert found[0][1] is not None and found[0][1].abs().sum() > 0
 
 
 def test_an_advantage_beyond_three_sigma_becomes_zero() -> None:

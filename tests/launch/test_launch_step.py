@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import subprocess
 
 import pytest
 
@@ -67,3 +68,39 @@ def test_hardware_is_what_srun_started(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (cfg.hardware.nodes, hw["processes"], hw["threads"], hw["device"]) == (2, 4, 12, "cpu")
     with pytest.raises(ConfigError, match=r"hardware.processes=3: srun started 4"):
         step.hardware(compose("train", ["hardware.processes=3"], None), found)
+
+
+@pytest.mark.parametrize(
+    ("srun", "together"),
+    [
+        (["srun", "-n2", "rlhf"], False),
+        (["srun", "-K", "rlhf"], True),
+        (["srun", "-lK1", "rlhf"], True),
+        (["srun", "--kill-on-bad-exit=1", "rlhf"], True),
+        (["srun", "--kill-on-bad-exit=0", "rlhf"], False),
+        (["srun", "-K0", "rlhf"], False),
+    ],
+)
+def test_a_step_whose_ranks_would_wait_for_a_killed_one_is_told_from_srun(
+    srun: list[str], together: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = {"step": "", "config": "KillOnBadExit           = 0\n"}
+    monkeypatch.setattr(queue, "_said", lambda *words: answers[words[2]])
+    monkeypatch.delenv("SLURM_KILL_BAD_EXIT", raising=False)
+    found = step.here({**TASK, "SLURM_PROCID": "0"})
+    assert found is not None
+    with subprocess.Popen(["sh", "-c", "read line", *srun], stdin=subprocess.PIPE) as p:
+        answers["step"] = f"   SrunHost:Pid={socket.gethostname()}:{p.pid}\n"
+        step.warn_of_waiting(found)
+        p.kill()
+    said = capsys.readouterr().err
+    assert (said == "") is together, said
+    if not together:
+        assert said.startswith("rlhf: warning: ") and "type srun --kill-on-bad-exit=1" in said
+        step.warn_of_waiting(step.here(TASK))  # type: ignore[arg-type]
+        answers["config"] = "KillOnBadExit           = 1\n"
+        step.warn_of_waiting(found)
+        monkeypatch.setenv("SLURM_KILL_BAD_EXIT", "1")
+        answers["config"] = ""
+        step.warn_of_waiting(found)
+        assert capsys.readouterr().err == "", "rank 0 alone speaks, and not where SLURM is told otherwise"

@@ -9,11 +9,11 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from rlhf_cli.launch import ranks
 from rlhf_cli.launch.rank import obituary
+from rlhf_cli.record.heartbeat import born
 from rlhf_cli.record.rundir import RunDir
 
 KEEPER = """
@@ -118,19 +118,21 @@ def test_a_keeper_that_is_told_to_end_kills_its_rank_and_blames_nobody(kept, run
     for harmless in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         keeper.send_signal(harmless)
     time.sleep(0.2)
-    assert psutil.pid_exists(worker)
+    assert born(worker) >= 0
     keeper.send_signal(signal.SIGTERM)  # nobody failed: the rank is asked, and may save
     time.sleep(0.3)
-    assert psutil.pid_exists(worker) and keeper.poll() is None
+    assert born(worker) >= 0 and keeper.poll() is None
     run.error(0).write_text("ValueError: first\n")
     keeper.send_signal(signal.SIGTERM)
     assert keeper.wait(60) == 128 + signal.SIGKILL
-    assert not run.error(1).exists() and not psutil.pid_exists(worker)
+    assert not run.error(1).exists() and born(worker) == -1
 
 
 def test_a_rank_dies_with_its_keeper(kept) -> None:
     keeper, worker = kept
     keeper.kill()
     keeper.wait()
-    psutil.wait_procs([psutil.Process(worker)] if psutil.pid_exists(worker) else [], timeout=60)
-    assert not psutil.pid_exists(worker) or psutil.Process(worker).status() == psutil.STATUS_ZOMBIE
+    end = time.monotonic() + 60
+    while born(worker) >= 0 and time.monotonic() < end:
+        time.sleep(0.01)
+    assert born(worker) == -1, "gone, or a zombie that nobody reaps"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -11,7 +14,8 @@ from rlhf_cli import cli
 from rlhf_cli.compose import compose
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.launch.choose import launcher_of
-from rlhf_cli.launch.slurm import minutes
+from rlhf_cli.launch.slurm import _words, minutes
+from rlhf_cli.launch.stop import SIGNALS, undisturbed
 
 pytest.importorskip("submitit", reason="submitit is not installed; pip install 'rlhf-cli[slurm]'")
 
@@ -109,3 +113,79 @@ def test_without_sbatch_nothing_is_written(
     monkeypatch.setenv("PATH", str(tmp_path))
     assert cli.main(["train", "launcher=slurm", "hardware=cpu"]) == 2
     assert "no sbatch on this machine" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+def commands(place: Path, monkeypatch: pytest.MonkeyPatch, **bodies: str) -> None:
+    """Shell scripts in the place of SLURM's commands."""
+    place.mkdir()
+    for name, body in bodies.items():
+        (place / name).write_text(f"#!/bin/bash\n{body}\n")
+        (place / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{place}:{os.environ['PATH']}")
+
+
+def submit() -> int:
+    return cli.main(["train", "launcher=slurm", "hardware=cpu", "debug=tiny", "run.name=a"])
+
+
+def test_signals_wait_until_a_job_is_written_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    # sbatch takes its time, in which every signal reaches it and the process that waits for it; bash keeps the mask, as sbatch does
+    told = " ".join(f"kill -{s.name[3:]} $PPID $$;" for s in SIGNALS)
+    commands(tmp_path / "bin", monkeypatch, srun="exit", sbatch=f"{told} sleep 0.2; echo Submitted batch job 77")
+    seen: dict[int, bool] = {}
+    before = {s: signal.signal(s, lambda n, _: seen.update({n: Path("runs/a/job.json").exists()})) for s in SIGNALS}
+    try:
+        assert submit() == 0
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+    assert seen == dict.fromkeys(SIGNALS, True)
+    assert json.loads(Path("runs/a/job.json").read_text())["job"] == "77"
+    assert "submitted job 77" in capsys.readouterr().out
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
+
+
+def test_a_signal_acts_after_an_undisturbed_block_and_an_error_still_leaves_it() -> None:
+    with pytest.raises(KeyboardInterrupt), undisturbed():
+        os.kill(os.getpid(), signal.SIGINT)
+        done = True
+    assert done
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ValueError, match="mine"), undisturbed():
+        raise ValueError("mine")
+    assert signal.getsignal(signal.SIGTERM) == before and signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
+
+
+def test_a_job_that_nobody_wrote_down_is_found_and_not_submitted_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    other = f"echo '{76:<32}{tmp_path}/runs/b/logs/slurm/%j_0_log.out'"
+    found = f"{other}; echo '{77:<32}{tmp_path}/runs/a/logs/slurm/%j_0_log.out'"
+    commands(tmp_path / "bin", monkeypatch, srun="exit", sbatch="kill -KILL $PPID", squeue=found)
+    child = os.fork()  # killed by the stub, as by the kernel, after SLURM took the job
+    if child == 0:
+        os._exit(submit())
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert not Path("runs/a/job.json").exists() and not list(Path("runs/a/logs/slurm").glob("77*"))
+    assert submit() == 0
+    assert json.loads(Path("runs/a/job.json").read_text())["job"] == "77"
+    assert Path("runs/a/logs/slurm/77_submitted.pkl").exists(), "what submitit had no time for"
+    out = capsys.readouterr().out
+    assert "job 77 waits or works for this run already, submitted by a command that was killed" in out
+    Path("runs/a/job.json").unlink()
+    commands(tmp_path / "elsewhere", monkeypatch, squeue=other, sbatch="echo Submitted batch job 78")
+    assert submit() == 0
+    assert json.loads(Path("runs/a/job.json").read_text())["job"] == "78", "another run's job is not this one's"
+
+
+def test_sbatchs_own_words_and_a_hint_only_where_it_fits() -> None:
+    refused = Exception(
+        "Job failed\nsbatch: error: invalid partition specified: gpu\nsbatch: error: Batch job submission failed"
+    )
+    assert _words(refused) == "invalid partition specified: gpu; Batch job submission failed"
+    refused = Exception("sbatch: error: Invalid generic resource (gres) specification")
+    assert _words(refused) == "Invalid generic resource (gres) specification (without GPUs: hardware=cpu)"

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -305,6 +306,17 @@ def test_converts_once(fake: Path) -> None:
     assert first == fake / f"smollm2-135m-instruct-{smollm2.GGUF_SHA256[:12]}" == smollm2.smollm2()
     assert (fake / "count").read_text() == "x"
     assert not [p for p in fake.iterdir() if p.name.startswith(".smollm2")], "nothing is left aside"
+
+
+def test_a_whole_cache_is_used_while_another_process_holds_its_lock(fake: Path) -> None:
+    from filelock import FileLock
+
+    folder = smollm2.smollm2()
+    with FileLock(f"{folder}.lock"):
+        done = threading.Thread(target=smollm2.smollm2, daemon=True)
+        done.start()
+        done.join(10)
+        assert not done.is_alive()
 
 
 @pytest.mark.parametrize(

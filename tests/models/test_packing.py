@@ -212,3 +212,17 @@ def trips() -> None:
         "set model.packing=false, or use another model"
     )
     assert head.packing, "the switch is put back"
+
+
+def test_explicit_attention_in_bf16_is_exact_attention_rounded() -> None:
+    g = torch.Generator().manual_seed(0)
+    q, k, v, seed = (torch.randn(2, 2, n, 8, generator=g).bfloat16() for n in (6, 9, 9, 6))
+    mask = torch.zeros(6, 9).masked_fill_(~torch.ones(6, 9, dtype=torch.bool).tril(3), float("-inf"))
+    found = []
+    for dtype in (torch.bfloat16, torch.float64):
+        a, b, c = (x.to(dtype).requires_grad_() for x in (q, k, v))
+        plain = (0.3 * a @ b.transpose(-1, -2) + mask).softmax(-1) @ c
+        out = packing.Explicit.apply(a, b, c, mask, 0.3) if dtype == torch.bfloat16 else plain
+        found.append([x.detach().double() for x in (out, *torch.autograd.grad(out, (a, b, c), seed.to(dtype)))])
+    for one, other in zip(*found, strict=True):
+        assert float((one - other).norm()) < 1e-2 * float(other.norm())

@@ -6,12 +6,16 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from rlhf_cli.record.heartbeat import Heartbeat
+import pytest
+
+from rlhf_cli.record import heartbeat
+from rlhf_cli.record.heartbeat import STACKS, Heartbeat
 
 HANG = """
 import sys, time
@@ -38,6 +42,24 @@ while time.time() < end:
     time.sleep(0.1); beat.beat("update")
 """
 
+# Rank 1 holds the interpreter's lock for ever, so no thread of it can notice anything; there is no keeper.
+STUCK = """
+import ctypes, sys, time
+from pathlib import Path
+from rlhf_cli.record.heartbeat import Heartbeat
+rank = int(sys.argv[2])
+def waits_for_the_other():
+    time.sleep(60)
+def holds_the_lock():
+    ctypes.PyDLL(None).sleep(60)
+told = Path(sys.argv[1]) / f"told-{rank}"
+beat = Heartbeat(Path(sys.argv[1]), rank, 4.0, on_silence=told.write_text, ranks=2).start()
+while not (Path(sys.argv[1]) / "logs" / f"heartbeat-rank-{1 - rank}.json").exists():
+    time.sleep(0.01); beat.beat("load")
+time.sleep(1.5)  # both have written their own
+holds_the_lock() if rank else waits_for_the_other()
+"""
+
 
 def test_silence_ends_the_process_and_names_rank_phase_and_line(tmp_path: Path) -> None:
     began = time.monotonic()
@@ -52,6 +74,55 @@ def test_silence_ends_the_process_and_names_rank_phase_and_line(tmp_path: Path) 
         assert "in waits_for_nobody" in text
     seen = json.loads((tmp_path / "logs" / "heartbeat-rank-3.json").read_text())
     assert (seen["rank"], seen["phase"]) == (3, "update")
+
+
+def test_a_rank_that_holds_the_lock_is_made_to_write_its_stacks_by_another(tmp_path: Path) -> None:
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", STUCK, str(tmp_path), str(i)], stderr=subprocess.PIPE) for i in (0, 1)
+    ]
+    codes = [p.wait(timeout=120) for p in ranks]
+    assert codes == [75, -STACKS]
+    logs = tmp_path / "logs"
+    assert "in waits_for_the_other" in (logs / "rank-0.stacks").read_text()
+    assert "in holds_the_lock" in (logs / "rank-1.stacks").read_text()
+    assert re.fullmatch(r"rank 0 silent for \d+ s in phase load", (tmp_path / "told-0").read_text())
+    for p in ranks:
+        assert p.stderr
+        p.stderr.close()
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Pids that a signal was sent to, by nobody."""
+    pids: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: pids.append(pid) if number == STACKS else None)
+    return pids
+
+
+def seen(logs: Path, rank: int, *, stacks: str = "", **changed: object) -> None:
+    logs.mkdir(exist_ok=True)
+    who = {"rank": rank, "pid": os.getpid(), "born": heartbeat.born(os.getpid()), "host": socket.gethostname()}
+    (logs / f"heartbeat-rank-{rank}.json").write_text(json.dumps(who | changed))
+    (logs / f"rank-{rank}.stacks").write_text(stacks)
+
+
+def test_only_a_mute_rank_of_this_machine_is_told_and_once(tmp_path: Path, sent: list[int]) -> None:
+    seen(tmp_path, 0, stacks="x")
+    seen(tmp_path, 1)
+    seen(tmp_path, 2, stacks="x")
+    seen(tmp_path, 3, host="elsewhere")
+    seen(tmp_path, 4, born=1)  # the number is another process's by now
+    seen(tmp_path, 6)  # of an earlier try with more ranks; rank 5 never began
+    assert heartbeat.wake(tmp_path, 2, 6) == [] and sent == [], "rank 0 does it"
+    assert heartbeat.wake(tmp_path, 0, 6) == [1] and sent == [os.getpid()]
+
+
+def test_a_process_that_is_over_was_never_born() -> None:
+    over = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, over.pid, os.WEXITED | os.WNOWAIT)
+    assert heartbeat.born(over.pid) == -1, "a zombie takes no signal"
+    over.wait()
+    assert heartbeat.born(over.pid) == -1 and heartbeat.born(os.getpid()) >= 0
 
 
 def test_a_suspended_process_is_not_silent(tmp_path: Path) -> None:

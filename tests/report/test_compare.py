@@ -175,7 +175,10 @@ def test_mistakes_are_one_line(
         (): "compare: which runs? type rlhf compare DIR or RUN ..., e.g. rlhf compare runs/sweeps/NAME",
         ("nope",): "compare: nope: no such folder; give runs, sweeps, or a folder that holds them",
         ("empty",): "compare: empty: holds no run (no config.yaml, no sweep.json); give runs or a sweep",
-        ("empty", "sort=x"): "compare: sort=x: no such folder or setting; settings: baseline, metric, csv, plot",
+        (
+            "empty",
+            "sort=x",
+        ): "compare: sort=x: no such folder or setting; settings: baseline, metric, csv, plot, frontier",
     }.items():
         assert cli.main(["compare", *words]) == 2
         assert capsys.readouterr().err == f"rlhf: error: {said}\n"

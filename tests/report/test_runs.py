@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 
 from rlhf_cli import cli
+from rlhf_cli.errors import ConfigError
+from rlhf_cli.launch.cancel import cancel
 from rlhf_cli.launch.queue import Job
 from rlhf_cli.record.rundir import RunDir
 from rlhf_cli.report import runs
@@ -42,6 +44,10 @@ CASES = {
     "resumed": ("preempted", OLD, {}, Job("PENDING"), "queued", ""),
     "working": ("running", OWN, {}, Job("RUNNING"), "running", ""),
     "requeued": ("preempted", OWN, {}, Job("PENDING", "BeginTime"), "requeued", "BeginTime"),
+    "waits for ever": (
+        *("", OWN, {}, Job("PENDING", "PartitionTimeLimit"), "queued"),
+        "PartitionTimeLimit; its partition allows less time: sinfo; rlhf cancel {0}, then rlhf resume {0} launcher.time=TIME",
+    ),
     "stopping": ("preempted", OWN, {}, Job("COMPLETING"), "stopping", ""),
     "finished": ("finished", OWN, {}, None, "finished", ""),
     "failed": ("failed", OWN, {"reason": "boom"}, Job("FAILED"), "failed", "boom"),
@@ -113,6 +119,20 @@ def test_a_rank_that_a_signal_ended_is_named_by_srun(line: str, why: str, said: 
     assert runs.state(run, {"12": Job("FAILED")}) == ("failed", said)
     run.error(0).write_text("Traceback\nValueError: a cause of its own\n")
     assert runs.state(run, {"12": Job("FAILED")}) == ("failed", "rank 0: ValueError: a cause of its own")
+
+
+def test_a_hang_is_told_before_the_deaths_that_followed_from_it(tmp_path: Path) -> None:
+    run = made(tmp_path / "a", said="running", job={})
+    (run.logs / "slurm").mkdir()
+    runs.batch(run).write_text(JOB_LOG.format("srun: error: a: task 1: Quit (core dumped)", ""))
+    run.silent.write_text("rank 0 silent for 9 s in phase update")
+    run.error(0).write_text("Traceback\nRuntimeError: Connection closed by peer\n")
+    os.utime(run.error(0), ns=(time.time_ns() + 10**9,) * 2)
+    said = f"rank 0 silent for 9 s in phase update; stacks of every rank are in {run.logs}/rank-*.stacks"
+    assert runs.state(run, {"12": Job("FAILED")}) == ("failed", said)
+    run.error(1).write_text("Traceback\nValueError: first\n")
+    os.utime(run.error(1), (1, 1))
+    assert runs.state(run, {"12": Job("FAILED")}) == ("failed", "rank 1: ValueError: first")
 
 
 def test_a_job_that_failed_before_its_ranks_could_speak_shows_its_last_error(tmp_path: Path) -> None:
@@ -218,6 +238,23 @@ def test_cancel_asks_the_writer_on_this_machine_to_stop(tmp_path: Path, capsys: 
     assert capsys.readouterr().out.startswith(f"rlhf: asked process {writer.pid} to stop after its step")
 
 
+def test_cancel_of_a_run_that_ends_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = made(tmp_path / "a", said="running")
+    gone = f"{run.path} has just ended; rlhf runs shows how"
+    for text in (json.dumps({"pid": 1 << 22, "host": socket.gethostname()}), ""):  # no such process; not yet written
+        (run.path / ".lock").write_text(text)
+        seen = iter(["pid 7 on host a", None])
+        monkeypatch.setattr(RunDir, "writer", lambda self, seen=seen: next(seen))
+        assert cancel(run) == gone
+    monkeypatch.setattr(RunDir, "writer", lambda self: "another process")
+    with pytest.raises(ConfigError, match=r"cancel: .*a is just starting; type it again"):
+        cancel(run)
+    word = '{"pid": 7, "host": "elsewhere"}'  # the writer's, a moment later
+    monkeypatch.setattr(time, "sleep", lambda seconds: seconds and (run.path / ".lock").write_text(word))
+    with pytest.raises(ConfigError, match=r"runs on elsewhere; type rlhf cancel .*a there"):
+        cancel(run)
+
+
 def test_watch_refreshes_in_place_and_ends_with_the_table(tmp_path: Path) -> None:
     made(tmp_path / "a", said="finished")
     main, child = pty.openpty()
@@ -240,6 +277,16 @@ def test_watch_refreshes_in_place_and_ends_with_the_table(tmp_path: Path) -> Non
         assert process.wait(60) == 0
     left, _, after = rest.partition(b"\x1b[?1049l")
     assert b"finished" in after and b"Traceback" not in left + after
+
+
+def test_logs_before_the_ranks_begin_leave_out_submitits_notes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = made(tmp_path / "a", job={})
+    (run.logs / "slurm").mkdir()
+    (run.logs / "slurm" / "12_0_log.out").write_text("loading modules\nsubmitit INFO (now) - Starting with x\n")
+    assert cli.main(["logs", str(run.path)]) == 0
+    assert capsys.readouterr().out == "loading modules\n"
 
 
 def test_logs_of_a_finished_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

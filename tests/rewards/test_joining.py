@@ -13,8 +13,8 @@ from rlhf_cli import stages
 from rlhf_cli.errors import GateError
 from rlhf_cli.models.tiny import tiny_tokenizer
 from rlhf_cli.prepass import References
-from rlhf_cli.rewards.joining import NO_REFERENCE, Joining
-from rlhf_cli.shaping import RunningNorm, ceil, length_penalty, lsc, par
+from rlhf_cli.rewards.joining import NO_CANNED, NO_REFERENCE, Joining
+from rlhf_cli.shaping import RunningNorm, ceil, length_penalty, lsc, lsc_canned, par
 from rlhf_cli.types import Experience, Sample, Scores
 
 NAN = float("nan")
@@ -98,6 +98,50 @@ def test_shapers_before_one_that_compares_also_shape_the_references() -> None:
     # rows of 2, 4, 1, 3 tokens: 3 - (n - 1); references 1 - 1 = 0 and 2 - 4 = -2
     want = [(sig(r) + sig(r + 2)) / 2 for r in (2, 0, 3, 1)]
     assert shaped.score.tolist() == pytest.approx(want)
+
+
+def canned(samples: int = 2, **sources: list[float]) -> References:
+    """A canned answer worth so much to each of the two prompts, and no or two responses beside it."""
+    lines = [
+        {"uid": f"u{g}", "tokens": [2, 5][:samples], "scores": {k: [0.0, 2.0][:samples] for k in sources},
+         "canned": {k: None if x[g] != x[g] else x[g] for k, x in sources.items()}}
+        for g in range(2)
+    ]  # fmt: skip
+    return References(lines, samples)
+
+
+def u(x: float) -> float:
+    return -math.log1p(math.exp(-x))
+
+
+def test_one_source_compares_with_responses_and_another_with_a_canned_answer() -> None:
+    refs = canned(a=[7.0, 7.0], b=[1.0, -1.0])
+    exp, _ = join({"a": 1.0, "b": 1.0}, refs=refs, slots={"a": [LSC], "b": [lsc_canned]})(
+        scores(a=[1.0, 3.0, 1.0, 0.0], b=[1.0, 2.0, 0.0, 2.0]), EXP
+    )
+    # a against the mean 1 of its responses, b against 1, 1, -1, -1
+    wanted = [u(0) + u(0), u(2) + u(1), u(0) + u(1), u(-1) + u(3)]
+    assert exp.score.tolist() == pytest.approx(wanted)
+
+
+def test_a_canned_answer_alone_draws_nothing_and_takes_the_steps_before_it() -> None:
+    refs = canned(0, a=[1.0, 5.0])
+    slots = {"a": [partial(ceil, high=2.0), lsc_canned]}
+    exp, lost = join({"a": 1.0}, refs=refs, slots=slots)(scores(a=[9.0, 1.0, 9.0, 1.0]), EXP)
+    assert exp.score.tolist() == pytest.approx([u(1), u(0), u(0), u(-1)]) and not lost and exp.ref_scores is None
+
+
+def test_a_canned_answer_of_the_combined_score() -> None:
+    refs = canned(0, a=[1.0, 2.0], b=[0.5, 0.0])
+    exp, _ = join({"a": 1.0, "b": 2.0}, refs=refs, keep_references=True)(scores(a=[1.0] * 4, b=[0.0] * 4), EXP)
+    assert exp.canned_score is not None and exp.canned_score.tolist() == [2, 2, 2, 2]
+    shaped = stages.shaping([partial(ceil, high=1.5), lsc_canned])(exp)
+    assert shaped.score.tolist() == pytest.approx([u(1 - 1.5)] * 4)
+
+
+def test_a_prompt_whose_canned_answer_has_no_score_is_missing() -> None:
+    exp, lost = join({"a": 1.0}, refs=canned(0, a=[NAN, 1.0]), slots={"a": [lsc_canned]})(scores(a=[1.0] * 4), EXP)
+    assert exp.score.isnan().tolist() == [True, True, False, False] and lost == {0: NO_CANNED, 1: NO_CANNED}
 
 
 def test_running_statistics_are_read_and_not_moved_by_references() -> None:

@@ -1,6 +1,7 @@
 """The distilled reward: hand numbers, arrival, loss of a judge, replay and resume."""
 
 import json
+import math
 import threading
 import time
 from pathlib import Path
@@ -78,6 +79,23 @@ def test_in_step_an_oracle_is_the_reward_after_one_pass() -> None:
 def test_labels_count_so_many_steps_after_they_were_asked_for(delay: int) -> None:
     scorer = oni(arrival="delayed", delay=delay)
     assert [play(scorer, "good")[0] for _ in range(delay + 2)] == [0.0] * (delay + 1) + [1.0]
+
+
+@pytest.mark.parametrize("delay", [1, 3])
+def test_a_policy_improves_later_by_the_delay_and_not_less(delay: int) -> None:
+    """One logit between a good and a bad response, moved by the exact policy gradient: the same way, `delay` steps later."""
+
+    def way(scorer: Oni, steps: int) -> list[float]:
+        x, found = -1.0, []
+        for _ in range(steps):
+            p = 1 / (1 + math.exp(-x))
+            found.append(p)
+            good, bad = play(scorer, "good", "bad")
+            x += p * (1 - p) * (good - bad)
+        return found
+
+    now, late = way(oni(), 12), way(oni(arrival="delayed", delay=delay), 12 + delay)
+    assert late[delay:] == now and late[: delay + 1] == [now[0]] * (delay + 1) and now[-1] > now[0] + 0.2
 
 
 def test_the_newest_items_are_asked_first() -> None:

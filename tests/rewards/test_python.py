@@ -137,3 +137,52 @@ def test_a_bad_file_is_refused_before_training(tmp_path, body, message):
 def test_a_bad_path_is_refused(path, message):
     with pytest.raises(ConfigError, match=message):
         Python(path=path, sees="group", workers=True)
+
+
+STATEFUL = """
+class Counts:
+    def __init__(self):
+        self.seen = 0
+
+    def __call__(self, responses):
+        self.seen += len(responses)
+        return [self.seen] * len(responses)
+
+    def state_dict(self):
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state):
+        self.seen = state["seen"]
+
+score = Counts()
+"""
+
+
+def test_what_remembers_is_checkpointed_and_never_left_to_a_worker(tmp_path, monkeypatch):
+    from rlhf_cli.compose import compose
+    from rlhf_cli.rewards.bleu import Bleu
+    from rlhf_cli.rewards.make import make_scorer
+    from rlhf_cli.state import Builder
+
+    (tmp_path / "remembers.py").write_text(STATEFUL)
+    path = f"reward.python.path={tmp_path}/remembers.py:score"
+
+    def made(*words):
+        return make_scorer(compose("score", ["reward=python", path, *words], None))
+
+    with pytest.raises(
+        ConfigError,
+        match=r"^reward\.python: it has `state_dict`, and what a worker process remembers stands in no checkpoint; "
+        r"score in the run's own process: type reward\.python\.workers=false$",
+    ):
+        made()
+    scorer, build = made("reward.python.workers=false"), Builder([])
+    kept = build.keep("reward.python", scorer.scorers["python"][1])
+    samples, group = [Sample("p", "a"), Sample("p", "b")], torch.zeros(2, dtype=torch.int64)
+    assert scorer(samples, group).value.tolist() == [2, 2] and build.state == {"reward.python": kept}
+    again = made("reward.python.workers=false")
+    again.scorers["python"][1].load_state_dict(kept.state_dict())
+    assert again(samples, group).value.tolist() == [4, 4]
+    monkeypatch.setattr(Bleu, "observe", lambda *_: None, raising=False)
+    with pytest.raises(ConfigError, match=r"^reward\.bleu: it has `observe`, .* own process: pooled = False in Bleu$"):
+        make_scorer(compose("score", ["reward=bleu"], None))

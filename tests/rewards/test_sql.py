@@ -155,6 +155,8 @@ def test_the_query_is_the_last_fence_or_answer():
 
 def test_schema_linking_by_hand():
     assert items(GOLD) == {"users", "name", "age"}
+    bare = "SELECT name FROM users WHERE age > 30"  # without the alias: the same items, the same bigrams
+    assert linked(GOLD, bare, "jaccard") == linked(GOLD, bare, "recall") == jaccard(bigrams(GOLD), bigrams(bare)) == 1
     # {id, users} shares users: of four together, and of the gold's three.
     assert linked(GOLD, "SELECT id FROM users", "jaccard") == 1 / 4 and linked(
         GOLD, "SELECT id FROM users", "recall"
@@ -209,6 +211,26 @@ def test_partial_terms_keep_the_order_where_execution_is_flat():
     flat = group_norm(got.components["execution"], mask, group, **settings).advantage
     dense = group_norm(got.value, mask, group, **settings).advantage
     assert flat.abs().max() == 0 and dense.flatten().argsort().tolist() == [0, 1, 2, 3]
+
+
+def test_execution_alone_is_grpo_on_accuracy_and_one_partial_term_gives_order():
+    from rlhf_cli.combine import weighted_sum
+    from rlhf_cli.credit import group_norm
+
+    group, mask = torch.zeros(4, dtype=torch.int64), torch.ones(4, 1, dtype=torch.bool)
+
+    def advantage(score):
+        return group_norm(score, mask, group, scale="std", ddof=1, eps=0.0).advantage.flatten()
+
+    tries = [GOLD, "SELECT id FROM users", "nothing", GOLD.lower()]
+    only = {"execution": 3.0, "syntax": 0.0, "schema": 0.0, "ngram": 0.0, "format": 0.0}
+    accuracy = advantage(scores(execution(), *tries).value)
+    assert torch.allclose(advantage(scores(partial(weights=only), *tries).value), accuracy) and accuracy.any()
+    # all fail, n-grams 0.1 0.4 0.2 0.4 and the rest equal: mean 0.275, deviations -.175 .125 -.075 .125, std 0.15
+    terms = torch.tensor([[0, 1, 0.5, x] for x in (0.1, 0.4, 0.2, 0.4)], dtype=torch.float64)
+    dense = advantage(weighted_sum(terms, torch.tensor([3.0, 1, 1, 1], dtype=torch.float64)))
+    assert dense.tolist() == pytest.approx([-7 / 6, 5 / 6, -0.5, 5 / 6])
+    assert not advantage(weighted_sum(terms, torch.tensor([3.0, 0, 0, 0], dtype=torch.float64))).any()
 
 
 def test_settings_without_a_meaning_are_refused():

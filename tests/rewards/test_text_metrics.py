@@ -102,8 +102,11 @@ def test_bleuberi_by_hand():
     assert score(b, CAT, on_a) == pytest.approx(0.643459, abs=1e-6)
     # With "the cat lay on the mat" all 6 unigrams, 5 bigrams match; trigrams add on-the-mat (3 of 4), 4-grams stay 1.
     assert score(b, CAT, on_a, "the cat lay on the mat") == pytest.approx(0.795271, abs=1e-6)
-    # All of 3, 2, 1, 0 n-grams match: every p is 1, BP = exp(1 - 6/3).
+    # Without smoothing (5/6 * 3/5 * 2/4 * 1/3) ** 1/4: the same counts in sacrebleu's formula.
+    assert score(make("bleu", smooth="none"), CAT, on_a) == pytest.approx(0.537285, abs=1e-6)
+    # All of 3, 2, 1, 0 n-grams match: every p is 1, BP = exp(1 - 6/3) = 0.367879.
     assert score(b, "the cat sat", on_a) == pytest.approx(math.exp(-1), abs=1e-6)
+    assert score(b, "the cat sat", on_a) == pytest.approx(0.367879, abs=1e-6)
     assert score(b, CAT, IS) == pytest.approx((6 / 7 * 4 / 6 * 2 / 5 * 1 / 4) ** 0.25, abs=1e-6)
     assert score(b, CAT, IS) == pytest.approx(0.488923, abs=1e-6)
 
@@ -111,8 +114,29 @@ def test_bleuberi_by_hand():
 def test_bleuberi_smooths_unigrams_too():
     b = make("bleuberi")
     assert score(b, "yes", "yes") == pytest.approx(1.0)
-    assert score(b, "no", "yes") == pytest.approx(0.5**0.25, abs=1e-6)
-    assert score(b, "no", CAT) == pytest.approx(0.5**0.25 * math.exp(-5), abs=1e-6)
+    # p = 1/2, 1, 1, 1; against six words the brevity penalty is exp(1 - 6).
+    assert score(b, "no", "yes") == pytest.approx(0.5**0.25, abs=1e-6) == pytest.approx(0.840896, abs=1e-6)
+    assert score(b, "no", CAT) == pytest.approx(0.5**0.25 * math.exp(-5), abs=1e-6) == pytest.approx(0.005666, abs=1e-6)
+
+
+def test_bleuberi_counts_never_fall_with_another_reference():
+    # The shortest reference stays first and as short as the response, so the brevity penalty is 1 and the value is the matches' alone.
+    b, rng, words = make("bleuberi"), random.Random(0), ["the", "cat", "sat", "on", "a", "mat"]
+    for _ in range(100):
+        response, first, *more = (" ".join(rng.choices(words, k=k)) for k in (6, 6, 7, 9, 6))
+        values = [score(b, response, first, *more[:i]) for i in range(4)]
+        assert values == sorted(values) and values[0] > 0
+
+
+def test_without_smoothing_it_is_bleu():
+    assert score(make("bleu", smooth="none"), CAT, "the cat sat on a mat") == pytest.approx(0.537285, abs=1e-6)
+
+
+def test_another_reference_never_lowers_bleuberi():
+    b = make("bleuberi")
+    for seed in range(40):
+        response, one, two = (words(4 + (7 * seed + i) % 9, 3 * seed + i) for i in range(3))
+        assert score(b, response, one, two) >= score(b, response, one) - 1e-7
 
 
 def test_bleuberi_takes_the_shortest_reference():

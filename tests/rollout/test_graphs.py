@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from rlhf_cli.compose import compose
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.plan import validate
 from rlhf_cli.rollout.decoder import Decoder
-from rlhf_cli.rollout.graphs import Graphed
+from rlhf_cli.rollout.graphs import Graphed, use
 from tests.rollout.test_sampler import PROMPTS, llama, sampler, seeds
 
 
@@ -35,14 +34,11 @@ class Tape:
         return replay, out
 
 
-def graphed(tape: Tape, hf: Any, rows: int) -> Graphed:
-    return Graphed(Decoder(hf, rows), tape)
-
-
 @pytest.mark.parametrize("tokens", [6, 60], ids=["one span", "several"])
 def test_replays_draw_what_the_model_draws(tokens: int) -> None:
     tape, fast, slow = Tape(), sampler(llama(), max_tokens=tokens, rows=4), sampler(llama(), max_tokens=tokens, rows=4)
-    fast.decoder_of, slow.decoder_of = partial(graphed, tape), None
+    use(fast, lambda: tape)
+    slow.decoder_of = None
     one, other = (s.sample(PROMPTS, 2, seeds(8)) for s in (fast, slow))
     assert fast.written_out and one.ids == other.ids
     torch.testing.assert_close(one.logp, other.logp, rtol=0, atol=1e-5)
@@ -51,10 +47,11 @@ def test_replays_draw_what_the_model_draws(tokens: int) -> None:
 
 
 def test_a_result_is_not_written_over_by_the_next() -> None:
-    tape, kept = Tape(), []
+    kept: list[Tensor] = []
+    s = sampler(llama(), max_tokens=6, rows=4)
 
     def keeping(hf: Any, rows: int) -> Callable[..., Tensor]:
-        step = graphed(tape, hf, rows)
+        step = Graphed(Decoder(hf, rows), Tape(), pytest.fail)
 
         def call(*args: Any) -> Tensor:
             kept.append(step(*args))
@@ -62,10 +59,23 @@ def test_a_result_is_not_written_over_by_the_next() -> None:
 
         return call
 
-    s = sampler(llama(), max_tokens=6, rows=4)
     s.decoder_of = keeping
     s.sample(PROMPTS, 2, seeds(8))
     assert len({x.data_ptr() for x in kept}) == len(kept) and not torch.equal(kept[0], kept[1])
+
+
+def test_a_step_that_cannot_be_recorded_is_said_and_nothing_is_lost() -> None:
+    def refuse(step: Callable[[], Tensor]) -> Any:
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    s, slow, said = sampler(llama()), sampler(llama()), []
+    s.note = said.append
+    slow.decoder_of = None
+    use(s, lambda: refuse)
+    assert s.sample(PROMPTS, 2, seeds(8)).ids == slow.sample(PROMPTS, 2, seeds(8)).ids
+    why = "operation not permitted when stream is capturing"
+    assert said == [f"rollout.cuda_graphs: a step cannot be recorded ({why}); the model's own forward is used"]
+    assert s.decoder_of is None
 
 
 @pytest.mark.parametrize("word", ["hardware=cpu", "model.lora.r=4"])

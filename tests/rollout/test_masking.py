@@ -14,6 +14,10 @@ from torch import Tensor
 from rlhf_cli.models import packing
 from rlhf_cli.models.heads import PolicyHead, unpacked_bits
 from rlhf_cli.models.tiny import tiny_causal, tiny_tokenizer
+from rlhf_cli.objectives import ppo_clip
+from rlhf_cli.rollout import limits
+from rlhf_cli.rollout import sampler as module
+from rlhf_cli.rollout.cache import Board
 from rlhf_cli.rollout.masking import Mask, aligned, best, packed
 from rlhf_cli.rollout.sampler import Decoding, Rollout, Sampler
 from rlhf_cli.sources.assemble import align, rows
@@ -130,6 +134,22 @@ def test_a_mask_of_everything_draws_what_no_mask_draws() -> None:
     assert torch.allclose(a["logp"], b["logp"], atol=1e-6)
 
 
+def test_under_a_mask_of_everything_loss_and_gradient_are_those_of_ppo() -> None:
+    exp = as_experience(draw(sampler(lagged(top_p=1.0))))
+    advantage = torch.randn(exp.mask.shape, generator=torch.Generator().manual_seed(1))
+    found = []
+    for sets in (exp.allowed, None):
+        model = tiny_causal(0, torch.float32)
+        logp = learner(replace(exp, allowed=sets), {"logp"}, model)["logp"]
+        loss = (
+            ppo_clip(logp, exp.behavior_logp - 0.1, advantage, eps_low=0.2, eps_high=0.2, dual_clip=None) * exp.mask
+        ).sum()
+        loss.backward()
+        found.append((float(loss.detach()), model.model.layers[0].mlp.up_proj.weight.grad))
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-4)
+    assert found[1][1].abs().max() > 1e-3 and torch.allclose(found[0][1], found[1][1], atol=1e-5)
+
+
 def test_rows_do_not_depend_on_their_neighbours() -> None:
     together = draw(sampler(lagged()))
     alone = sampler(lagged()).sample(PROMPTS[1:], 3, [3, 4, 5])
@@ -139,6 +159,25 @@ def test_rows_do_not_depend_on_their_neighbours() -> None:
 def test_the_best_token_of_all_needs_no_mask() -> None:
     greedy = Decoding(max_tokens=12, rows=4, temperature=0.0)
     assert draw(sampler(lagged()), greedy).ids == draw(sampler(None), greedy).ids
+
+
+def test_the_cache_of_the_mask_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    # memory of nine rows of this model; with the mask's model, of the same size, of four and a half
+    asked: list[int] = []
+    monkeypatch.setattr(
+        limits, "_memory", lambda device: 5 * 9 * limits.bytes_per_row(tiny_causal(0, torch.float32), 40)
+    )
+    monkeypatch.setattr(module, "Board", lambda slots, longest: asked.append(slots) or Board(slots, longest))
+    mask = Mask(tiny_causal(1, torch.float32), top_p=0.9, min_tokens=1, special=[])
+    for one, temperature in ((None, 1.0), (mask, 1.0), (mask, 0.0)):
+        s = sampler(one)
+        s.sample(
+            [[256, *b"What is it?", *b" Say it now, for once"][:28]],
+            1,
+            [0],
+            replace(s.decoding, rows=0, temperature=temperature),
+        )
+    assert asked == [8, 4, 8]
 
 
 def test_no_gradient_reaches_what_was_not_allowed() -> None:

@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from vllm_bed import PROMPTS, WARM, Bed, llama
 
-from rlhf_cli.compose import compose
 from rlhf_cli.config import LoraSection
-from rlhf_cli.engine.comm import Comm
 from rlhf_cli.errors import GateError
 from rlhf_cli.models.lora import add_lora
-from rlhf_cli.models.tiny import tiny_config, tiny_tokenizer
-from rlhf_cli.rollout import builtin
-from rlhf_cli.rollout import vllm as backend
-from rlhf_cli.rollout.sampler import Decoding, Rollout
+from rlhf_cli.models.tiny import tiny_tokenizer
+from rlhf_cli.rollout.sampler import Decoding
+from rlhf_cli.rollout.vllm_engine import JOINED
 
 pytestmark = [
     pytest.mark.slow,
@@ -33,26 +30,7 @@ pytestmark = [
         importlib.util.find_spec("vllm") is None, reason="VLLM IS NOT INSTALLED, ITS ROLLOUTS ARE NOT TESTED: type make vllm"
     ),
 ]  # fmt: skip
-# The long prompt fills blocks of the key-value cache, which vLLM shares between prompts.
-PROMPTS = [[256, *(b"A long prompt, " * 12)], [256, *b"hm"], [256, *b"What is it?"]]
-CPU = Comm(torch.device("cpu"))
-GREEDY, WARM = Decoding(max_tokens=24, temperature=0.0), Decoding(max_tokens=24, temperature=0.7)
-
-
-def llama(seed: int = 0) -> Any:
-    """A small random Llama with heads that vLLM's CPU attention takes, and tied embeddings; one token in eight ends a response."""
-    from transformers import LlamaForCausalLM
-
-    config = tiny_config()
-    config.hidden_size, config.head_dim, config.tie_word_embeddings = 128, 32, True
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config).eval()
-        for p in model.parameters():
-            if p.ndim == 2:
-                nn.init.normal_(p, std=p.shape[1] ** -0.5)
-    model.generation_config.eos_token_id = [257, *range(60, 90)]
-    return model
+BED = Path(__file__).with_name("vllm_bed.py")
 
 
 @pytest.fixture(scope="module")
@@ -61,57 +39,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     llama().save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
     return path
-
-
-def config(*words: str) -> Any:
-    plain = [
-        "rollout=vllm",
-        "hardware.device=cpu",
-        "hardware.precision=fp32",
-        "hardware.threads=1",
-        "dataset.max_prompt_tokens=232",
-    ]
-    return compose("train", [*plain, "rollout.max_tokens=24", "rollout.rows=16", *words], None)
-
-
-class Bed:
-    """A learner, the built-in sampler on it, and a vLLM engine that gets its weights."""
-
-    def __init__(self, *words: str) -> None:
-        self.cfg = config(*words)
-        self.model = llama()
-        self.sampler = backend.make_sampler(self.cfg, self.model, tiny_tokenizer(), CPU)
-        self.counted: dict[str, float] = {}
-        self.learn(self.model)
-
-    def learn(self, model: Any) -> None:
-        """Make `model` the learner, and publish it."""
-        state = lambda: ((f"model.{k}", v) for k, v in (*model.named_parameters(), *model.named_buffers()))  # noqa: E731
-        self.learner: Any = SimpleNamespace(module=SimpleNamespace(model=model), full_state=state, moved=False)
-        self.own = builtin.make_sampler(self.cfg, model, tiny_tokenizer(), CPU)
-        self.own.eos = self.sampler.eos
-        self.publish = backend.make_publish(
-            self.cfg, self.sampler, model, self.learner, CPU, lambda numbers, stage: self.counted.update(numbers)
-        )
-        self.publish()
-
-    def step(self, size: float = 0.05) -> None:
-        """Move every weight of the learner a little."""
-        with torch.no_grad():
-            for p in self.learner.module.model.parameters():
-                p.add_(size * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
-        self.learner.moved = True
-
-    def both(self, decoding: Decoding = GREEDY) -> tuple[Rollout, Rollout]:
-        seeds = list(range(len(PROMPTS)))
-        return self.own.sample(PROMPTS, 1, seeds, decoding), self.sampler.sample(PROMPTS, 1, seeds, decoding)
-
-    def agree(self) -> Rollout:
-        """Both draw the same best tokens with the same log-probs."""
-        ours, theirs = self.both()
-        assert theirs.ids == ours.ids and torch.equal(theirs.truncated, ours.truncated)
-        assert torch.allclose(theirs.logp, ours.logp, atol=1e-3)
-        return theirs
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +165,35 @@ def test_a_server_on_this_machine_does_the_same() -> None:
         assert bed.sampler.sample(PROMPTS, 2, range(6), WARM).ids == drawn.ids
     finally:
         bed.sampler.close()
+
+
+def test_two_ranks_share_a_server_and_draw_what_one_rank_draws(tmp_path: Path) -> None:
+    """Rank 0 starts it and sends the weights; rank 1 only asks. Both read back the same sums, of the weights that were sent last."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(BED),
+        str(tmp_path),
+    ]
+    env = {k: v for k, v in os.environ.items() if k not in JOINED} | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    one, two = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
+    assert one["server"] == two["server"]
+    assert one["asked"]["start_weight_update"] == one["asked"]["finish_weight_update"] == 2, (
+        "the first weights and one update"
+    )
+    assert not {"start_weight_update", "update_weights", "finish_weight_update"} & set(two["asked"])
+    assert one["held"] == two["held"] != one["before"] == two["before"]
+    assert one["counted"]["changed_tensors"] == one["counted"]["synced_tensors"] >= 14 and two["counted"] == {}
+    together = one["drawn"] | two["drawn"]
+    assert len(one["drawn"]) == 4 and len(two["drawn"]) == 2
+    assert [together[str(i)] for i in range(6)] == one["alone"] and len(set(map(tuple, one["alone"]))) > 4
+    assert one["greedy"] == one["own greedy"], "the engine has the learner's new weights"
 
 
 # -- whole runs --------------------------------------------------------------------------------------------------------

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
+from rlhf_cli.compose import compose
 from rlhf_cli.credit import gae
 from rlhf_cli.inject import call
 from rlhf_cli.shaping import AdaptiveFullKL, AdaptiveKL, clip, implicit_dpo, token_kl, token_kl_full
 from rlhf_cli.stages import shaping
+from rlhf_cli.state import Builder
 from rlhf_cli.types import Experience
 
 RTO = (
@@ -80,3 +83,12 @@ def test_the_kl_of_a_masked_policy_is_that_of_the_whole_one() -> None:
     # KL is 0.1 a token, twice the target: 1 + 0.2 / 10
     assert full.state_dict() == {"beta": pytest.approx(0.102)} and full.stats["kl"] == pytest.approx(0.1, abs=1e-6)
     assert close(call(plain.__call__, exp), [-0.05, -0.05, -0.05])
+
+
+def test_a_reward_model_s_scale_can_be_taken_off_before_the_clip() -> None:
+    # scores 30 and 50: mean 40, std 10, so -1 and 1; not normalised both would be cut to 10
+    two = rows([0.0] * 3, [0.0] * 3, 0.0).rows(torch.tensor([0, 0]))
+    words = ["experiment=rto", "shaping=[meanstd,clip,kl_weak,implicit_dpo]"]
+    shapers = [Builder([])(node, name) for name, node in compose("train", words, None).shaping.items()]
+    assert shaping(shapers)(replace(two, score=torch.tensor([30.0, 50.0]))).score.tolist() == pytest.approx([-1.0, 1.0])
+    assert shaping(RTO)(replace(two, score=torch.tensor([30.0, 50.0]))).score.tolist() == [10.0, 10.0]

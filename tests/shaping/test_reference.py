@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_cli.credit import group_norm, leave_one_out
-from rlhf_cli.shaping import ceil, centered, length_penalty, lsc, par, relative_length, sgfc, squash, whiten
+from rlhf_cli.shaping import ceil, centered, length_penalty, lsc, lsc_canned, par, relative_length, sgfc, squash, whiten
 from rlhf_cli.shaping.reference import POLY, reference_level
 
 F = torch.float64
@@ -59,6 +59,16 @@ def test_lsc_by_hand() -> None:
     assert reference_level(REFS, "mean", 0.85).item() == pytest.approx(4 / 3)
     assert reference_level(REFS, "empirical", 0.75).item() == pytest.approx(2.0)
     assert reference_level(torch.tensor([[4.0]], dtype=F), "gaussian", 0.85).item() == 4, "one reference has no spread"
+
+
+def test_a_canned_answer_is_a_level_of_one_value() -> None:
+    # log sigmoid(2 - 0.7) = -0.241008; a reference of that value alone gives the same
+    level = torch.tensor([0.7], dtype=F)
+    assert lsc_canned(TWO, level).item() == pytest.approx(math.log(sigmoid(1.3))) == pytest.approx(-0.241008, abs=1e-6)
+    assert torch.equal(lsc_canned(TWO, level), lsc(TWO, level[:, None], level="mean", quantile=0.5))
+    # the answer itself is worth log 1/2, and a constant on the reward changes nothing
+    assert lsc_canned(level, level).item() == pytest.approx(math.log(0.5))
+    assert torch.allclose(lsc_canned(TWO + 9, level + 9), lsc_canned(TWO, level))
 
 
 def test_lsc_slope_and_no_overflow() -> None:

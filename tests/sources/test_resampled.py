@@ -14,7 +14,7 @@ import torch
 from rlhf_cli import stages
 from rlhf_cli.errors import GateError
 from rlhf_cli.select import all_pairs, drop_zero_variance
-from rlhf_cli.sources.resampled import Resampled, first_groups, join
+from rlhf_cli.sources.resampled import Resampled, first_groups, join, unparted
 from rlhf_cli.types import Experience, Sample
 
 
@@ -92,6 +92,31 @@ def test_pairs_point_at_their_rows() -> None:
     exp = next(resampled((0,), [], rule=all_pairs))
     assert exp.pairs.tolist() == [[1, 0], [3, 2]]
     assert [exp.samples[w].response for w, _ in exp.pairs.tolist()] == ["1-3", "2-1"]
+
+
+class Linked(Counting):
+    """Two pairs of linked prompts a rollout: 0 with 1, 2 with 3 and so on."""
+
+    def __next__(self) -> Experience:
+        exp = join([super().__next__(), super().__next__()])
+        return replace(exp, samples=tuple(replace(s, link=f"pair {int(s.uid) // 2}") for s in exp.samples))
+
+
+def test_linked_groups_survive_together_and_no_cut_parts_them() -> None:
+    # 1 is flat, so 0 leaves with it: 2 and 3 are left of the first rollout; of the second, 4 to 7 survive and 6 and 7 are cut
+    counted: list[Any] = []
+    source = resampled((1,), counted, prompts=4)
+    source.source = Linked((1,))
+    exp = next(source)
+    assert [s.uid for s in exp.samples[::2]] == ["2", "3", "4", "5"]
+    assert counted == [{"rollouts": 2, "groups_drawn": 8, "groups_survived": 6, "groups_cut": 2}]
+
+
+def test_a_linked_group_whose_rows_are_all_missing_takes_its_partner_along() -> None:
+    drawn = next(Linked(()))
+    kept = drawn.rows((drawn.group != 0).nonzero().flatten())
+    assert unparted(drawn, kept).group.tolist() == [2, 2, 3, 3]
+    assert unparted(drawn, drawn) is drawn
 
 
 def test_it_goes_on_from_the_source_s_position() -> None:

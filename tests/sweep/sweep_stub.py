@@ -1,7 +1,8 @@
 """A stand-in for `rlhf train`, run as a script: milliseconds a step, the same files, the same answer to signals.
 
 The score after step n is 1000 * optim.lr * n + seed / 100. Seed 13 fails until a file `mended` lies beside the sweep;
-seed 7 ends like one that handed its run to a queue. `started-POINT` tells how many points were at work together.
+seed 7 ends like one that handed its run to a queue. A point stands still after a step, until it is asked to stop, while `hold-POINT` or
+`hold`, for every point, lies beside the sweep.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ def main(argv: list[str]) -> int:
             path, "metrics.jsonl", {"step": step, "score/mean": score, "time/step": 2.0, "count/response_tokens": 10}
         )
         append(path, "evaluations.jsonl", {"step": step, "eval/reward": score})
+        while any((sweep / name).exists() for name in ("hold", f"hold-{path.name}")) and not asked:
+            time.sleep(0.01)
         if asked:
             write(path, "status.json", {"status": "preempted", "step": step})
             return 75

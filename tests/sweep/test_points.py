@@ -111,5 +111,11 @@ def test_a_status_of_an_earlier_job_is_not_the_points_state(tmp_path: Path) -> N
     assert state("running", run) == "failed"  # no job.json: the run's own word
     run.write_json("job.json", {"job": "8"})
     assert (state("submitted", run), state("running", run)) == ("submitted", "submitted")
+    run.write_json("status.json", {"status": "running", "job": "8"})
+    run.claim()  # its job is at work
+    assert (state("submitted", RunDir(run.path)), state("waiting", RunDir(run.path))) == ("submitted", "running")
+    run.release()
+    run.write_json("status.json", {"status": "preempted", "job": "8"})
+    assert state("submitted", run) == "submitted", "cancelled: again only when that is asked for"
     run.write_json("status.json", {"status": "finished", "job": "8"})
     assert state("submitted", run) == "finished"

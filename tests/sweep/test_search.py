@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_sweep import STUB, stop_when
+from test_sweep import STUB, held, stop_when
 
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.sweep import run
@@ -64,12 +64,14 @@ def test_a_failed_trial_is_tried_again_on_request() -> None:
 
 def test_an_interrupted_search_goes_on_with_its_trial() -> None:
     space = ("optim.lr=tag(log,interval(1e-4,1e-2))", "rollout.top_k=int(interval(0,50))")
+    hold = held()
     thread = stop_when("starts.jsonl", signal.SIGINT)
-    assert search(*space, *SMALL, "steps=30", "sweep.trials=2") == 75
+    assert search(*space, *SMALL, "sweep.trials=2") == 75
     thread.join()
+    hold.unlink()
     first = points()[0]
     assert first["status"] == "interrupted" and study().trials[0].state.name == "RUNNING"
-    assert search(*space, *SMALL, "steps=30", "sweep.trials=2") == 0
+    assert search(*space, *SMALL, "sweep.trials=2") == 0
     assert study().trials[0].state.name == "COMPLETE"
     assert points()[0]["overrides"] == first["overrides"] and points()[0]["tries"] == 2
     rates = [float(p["overrides"][0].removeprefix("optim.lr=")) for p in points()]

@@ -9,12 +9,16 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rlhf_cli.errors import ConfigError
+from rlhf_cli.launch import queue
+from rlhf_cli.launch.queue import Job
+from rlhf_cli.record.rundir import RunDir
 from rlhf_cli.sweep import run
 
 STUB = Path(__file__).parent / "sweep_stub.py"
@@ -97,7 +101,10 @@ def test_a_wrong_point_starts_none(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_parallel_points_run_side_by_side() -> None:
-    assert sweep("seed=1,2,3", "steps=20", "sweep.parallel=2") == 0
+    hold = held("seed=1")
+    thread = when("seed=2/metrics.jsonl", hold.unlink)
+    assert sweep("seed=1,2,3", "sweep.parallel=2") == 0
+    thread.join()
     began, ended = ({r["point"]: r["at"] for r in rows(n)} for n in ("starts.jsonl", "ends.jsonl"))
     assert began["seed=2"] < ended["seed=1"], "the second does not wait for the first"
     assert began["seed=3"] > min(ended["seed=1"], ended["seed=2"]), "the third waits for a free place"
@@ -106,28 +113,43 @@ def test_parallel_points_run_side_by_side() -> None:
     assert len(cores) == 1 or (not set(used[0]) & set(used[1]) and sorted(used[0] + used[1]) == cores)
 
 
-def stop_when(path: str, number: int = signal.SIGINT) -> threading.Thread:
-    """Send this process a signal once a file has content."""
+def held(point: str = "") -> Path:
+    """A file; while it is there, a point (any point) stands still after a step until it is asked to stop."""
+    hold = Path(f"runs/sweeps/s/hold{point and '-'}{point}")
+    hold.parent.mkdir(parents=True)
+    hold.touch()
+    return hold
+
+
+def when(path: str, do: Callable[[], object]) -> threading.Thread:
+    """Do something once a file has content."""
 
     def wait() -> None:
-        file = Path("runs/sweeps/s") / path
-        while not (file.exists() and file.stat().st_size):
+        file, end = Path("runs/sweeps/s") / path, time.monotonic() + 120
+        while not (file.exists() and file.stat().st_size) and time.monotonic() < end:
             time.sleep(0.01)
-        os.kill(os.getpid(), number)
+        do()
 
     thread = threading.Thread(target=wait)
     thread.start()
     return thread
 
 
+def stop_when(path: str, number: int = signal.SIGINT) -> threading.Thread:
+    """Send this process a signal once a file has content."""
+    return when(path, lambda: os.kill(os.getpid(), number))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_sweep_goes_on_where_it_was(number: int, capfd: pytest.CaptureFixture[str]) -> None:
     before = signal.getsignal(signal.SIGINT)
+    hold = held("seed=2")
     thread = stop_when("seed=2/metrics.jsonl", number)
     assert sweep("seed=1,2,3", "steps=8") == 75
     thread.join()
+    hold.unlink()
     assert states() == ["finished", "interrupted", "waiting"]
-    assert 0 < len(rows("seed=2/metrics.jsonl")) < 8
+    assert len(rows("seed=2/metrics.jsonl")) == 1
     out = capfd.readouterr().out
     assert "go on with: rlhf train -m sweep.name=s seed=1,2,3 steps=8" in out
     assert "seed=2 write their checkpoints and end" in out
@@ -140,9 +162,10 @@ def test_an_interrupted_sweep_goes_on_where_it_was(number: int, capfd: pytest.Ca
 
 
 def test_points_end_when_the_sweep_is_killed() -> None:
+    hold = held("seed=1")
     code = (
         f"import sys; from rlhf_cli.sweep import run; run.start_command = lambda a: [sys.executable, {str(STUB)!r}, *a]; "
-        "run.sweep(['sweep.name=s', 'seed=1,2', 'steps=99'], None)"
+        "run.sweep(['sweep.name=s', 'seed=1,2', 'steps=9'], None)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
     while not rows("seed=1/metrics.jsonl"):
@@ -155,10 +178,10 @@ def test_points_end_when_the_sweep_is_killed() -> None:
         time.sleep(0.02)
     assert json.loads(status.read_text())["status"] == "preempted"
     assert states() == ["running", "waiting"], "nobody was left to write it down"
-    thread = stop_when("ends.jsonl")
-    assert sweep("seed=1,2", "steps=99") == 75
-    thread.join()
-    assert states()[0] == "finished" and record()["points"][0]["tries"] == 2
+    hold.unlink()
+    assert sweep("seed=1,2", "steps=9") == 0
+    assert states() == ["finished", "finished"] and [p["tries"] for p in record()["points"]] == [2, 1]
+    assert [r["step"] for r in rows("seed=1/metrics.jsonl")] == list(range(1, 10))
 
 
 def test_another_definition_under_the_same_name_is_refused() -> None:
@@ -172,8 +195,6 @@ def test_another_definition_under_the_same_name_is_refused() -> None:
 
 
 def test_two_processes_do_not_run_one_sweep() -> None:
-    from rlhf_cli.record.rundir import RunDir
-
     Path("runs/sweeps/s").mkdir(parents=True)
     other = RunDir("runs/sweeps/s")
     other.claim()
@@ -191,6 +212,50 @@ def test_a_point_handed_to_a_queue_is_submitted_once(capfd: pytest.CaptureFixtur
     Path("runs/sweeps/s/seed=7/status.json").write_text('{"status": "finished"}')  # the queue got there
     assert sweep("seed=7,1") == 0
     assert states() == ["finished", "finished"]
+
+
+def test_a_submitted_point_is_not_started_again_unasked(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    jobs = {"5": Job("RUNNING")}
+    monkeypatch.setattr(queue, "jobs", lambda ids: {i: jobs[i] for i in ids if i in jobs})
+    monkeypatch.setattr(queue, "present", lambda: True)
+    assert sweep("seed=7,1") == 0
+    point = RunDir("runs/sweeps/s/seed=7").create()
+    point.write_json("job.json", {"job": "5"})
+    point.write_json("status.json", {"status": "running", "step": 1, "job": "5"})
+    point.claim()
+    for more in ([], ["sweep.retry=true"]):
+        assert sweep("seed=7,1", *more) == 0
+        assert states() == ["submitted", "finished"], "its job works, and the record keeps whose it is"
+        assert "seed=7 is submitted, skipped: job 5 is running" in capfd.readouterr().out
+    jobs.clear()
+    assert sweep("seed=7,1", "sweep.retry=true") == 0
+    assert "seed=7 is submitted, skipped: pid " in capfd.readouterr().out
+    point.release()
+    point.write_json("status.json", {"status": "preempted", "step": 1, "job": "5"})
+    jobs["5"] = Job("CANCELLED")
+    assert sweep("seed=7,1") == 0
+    assert states() == ["submitted", "finished"]
+    assert "seed=7 is submitted (cancelled), skipped; sweep.retry=true submits it again" in capfd.readouterr().out
+    (point.path / "status.json").unlink()
+    (point.logs / "slurm").mkdir()
+    (point.logs / "slurm" / "5_0_log.out").write_text("line 3: module: command not found\n")
+    jobs["5"] = Job("FAILED")
+    assert sweep("seed=7,1") == 1
+    assert states() == ["failed", "finished"]
+    assert "  failed: seed=7: line 3: module: command not found (" in capfd.readouterr().out
+    assert starts() == ["seed=7", "seed=1"], "never once without being asked"
+    assert sweep("seed=7,1", "sweep.retry=true") == 0
+    assert starts() == ["seed=7", "seed=1", "seed=7"]
+
+
+def test_a_point_that_was_stopped_after_it_had_been_handed_over_is_submitted(tmp_path: Path) -> None:
+    point = RunDir(tmp_path / "a").create()
+    assert run.ended(-signal.SIGTERM, point, asked=True) == "interrupted"
+    point.write_json("job.json", {"job": "5"})
+    assert run.ended(-signal.SIGTERM, point, asked=True) == "submitted"
+    assert run.ended(-signal.SIGKILL, point, asked=False) == "failed"
 
 
 def test_other_sweepers_and_launchers_go_to_hydra() -> None:
