@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rlhf_cli import frozen, gates, readers, stages
 from rlhf_cli.data.loading import load
@@ -26,13 +26,13 @@ from rlhf_cli.models.lora import add_lora
 from rlhf_cli.pipeline import make_pipeline
 from rlhf_cli.plan import HEADS, Plan, learner_sections, validate
 from rlhf_cli.prepass import Prepass, make_prepass
+from rlhf_cli.probe import probe_rows
 from rlhf_cli.rewards.direction import written
 from rlhf_cli.rewards.make import make_scorer
 from rlhf_cli.rewards.self_judge import attended
 from rlhf_cli.rewards.stage import held, make_scoring
 from rlhf_cli.rollout.backends import backend
 from rlhf_cli.rollout.sampler import Sampler
-from rlhf_cli.sources.assemble import rows, sample_of
 from rlhf_cli.sources.episodes import Episodes
 from rlhf_cli.sources.play import Player
 from rlhf_cli.sources.recorded import Recorded
@@ -206,13 +206,6 @@ def make_gates(cfg: Any, sampler: Sampler | None) -> gates.Gates:
     )
 
 
-def probe_rows(*, encoded: Sequence[Sequence[int]], records: Sequence[Record]) -> Experience:
-    """Two groups of two rows: real prompts, each with a short and a longer answer made of its own tokens."""
-    owner = [i for i in range(len(encoded)) for _ in range(2)]
-    answers = [list(encoded[i][-(5 + 4 * (n % 2)) :]) for n, i in enumerate(owner)]
-    return rows([encoded[i] for i in owner], answers, [sample_of(records[i], "") for i in owner], torch.tensor(owner))
-
-
 def can_score(cfg: Any, records: Sequence[Record]) -> bool:
     """Whether the chosen reward can be computed on these records."""
     scorer = make_scorer(cfg)
@@ -373,39 +366,3 @@ def annotations(
         **{frozen.column(name): (reader, "logp") for name, reader in read_only.items()},
     }
     return {c: makers[c] for c in plan.annotate}
-
-
-# -- rewards, updates --------------------------------------------------------------------------------------------------
-
-
-def check_invariance(engine: DeepSpeedEngine, exp: Experience, want: str, limit: float, rows: int = 4) -> float:
-    """Compare a few rows as the engine runs them with the same rows alone: log-probs of the model's own logits, or unpacked scores."""
-    some = exp.rows(torch.arange(min(rows, len(exp))))
-    alone = own_logp if want == "logp" else unpacked
-    return gates.invariance(
-        lambda e: engine.infer(e, frozenset({want}))[want], lambda e: alone(engine, e, want), some, limit
-    )
-
-
-def own_logp(engine: DeepSpeedEngine, exp: Experience, want: str) -> Tensor:
-    """[N, T] log-probs from what the whole model returns for one row at a time, output scaling and all."""
-    head: Any = engine.module
-    found = torch.zeros(exp.ids.shape, dtype=torch.float64)
-    for i, n in enumerate(exp.attention.sum(-1).tolist()):
-        ids = exp.ids[i : i + 1, :n]
-        with torch.no_grad():
-            logits = head.model(input_ids=ids.to(engine.comm.device), use_cache=False).logits[0]
-        logp = (logits[:-1].double() / head.temperature).log_softmax(-1).cpu()
-        found[i, 1:n] = logp.gather(-1, ids[0, 1:, None]).squeeze(-1)
-    return found * exp.mask
-
-
-def unpacked(engine: DeepSpeedEngine, exp: Experience, want: str) -> Tensor:
-    """Outputs of one row at a time, without packing."""
-    head: Any = engine.module
-    kept, head.packing = head.packing, False
-    try:
-        parts = [engine.infer(exp.rows(torch.tensor([i])), frozenset({want}))[want] for i in range(len(exp))]
-    finally:
-        head.packing = kept
-    return torch.cat(parts)
