@@ -1,5 +1,6 @@
 """Other kernels against the packed path they stand for, and what happens to one that is wrong."""
 
+import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -222,7 +223,8 @@ def test_what_cannot_work_is_refused_in_one_line(words: list[str], message: str)
 def test_an_absent_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from rlhf_cli.plan import validate
 
-    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "flash_attn" else found(name, *a))
     with pytest.raises(
         ConfigError, match=r"^model.kernels=\[flash\]: flash_attn is not installed; type: pip install -e '.\[flash\]'$"
     ):
