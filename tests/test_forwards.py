@@ -57,7 +57,11 @@ class Pass:
 
 def passes(comm: Comm, monkeypatch: pytest.MonkeyPatch, *words: str, varied: int = 2) -> list[Pass]:
     """Every pass of one step whose first `varied` groups have scores that differ."""
-    cfg = compose("train", ["debug=tiny", "algo=grpo", "reward=length", "steps=1", "hardware=cpu", *words], None)
+    cfg = compose(
+        "train",
+        ["debug=tiny", "algo=grpo", "reward=length", "steps=1", "hardware=cpu", "reward_workers.processes=-1", *words],
+        None,
+    )
     OmegaConf.update(cfg, "hardware", resolve_hardware(cfg), merge=True)
     run, parts = make_run(cfg, comm, Silent())
     policy, seen, forward = parts.engines["policy"].module, [], PolicyHead.forward

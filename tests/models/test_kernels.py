@@ -205,7 +205,7 @@ def test_no_kernel_asks_for_no_rows() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["model.kernels=[flexx]"], "model.kernels=[flexx]: no such kernel; did you mean flex? kernels: flex, flash, liger, compile"),
+        (["model.kernels=[flexx]"], "model.kernels=[flexx]: no such kernel; did you mean 'flex'? kernels: flex, flash, liger, compile"),
         (["model.kernels=[liger]", "hardware=cpu"], "model.kernels=[liger]: needs an NVIDIA GPU, and hardware.device is cpu; leave it out"),
         (["model.kernels=[compile]", "hardware.zero=3"],
          "model.kernels=[compile]: needs whole weights, and hardware.zero=3 shards them; leave it out"),
