@@ -59,8 +59,8 @@ def costs(result: Mapping[str, Any]) -> Iterator[str]:
     """What costs.py measured."""
     yield "| cost | measured |"
     yield "|---|---|"
-    start = result.get("start", {})
-    for key, name in (("help_seconds", "`rlhf --help`"), ("compose_and_validate_seconds", "`rlhf train --cfg job`"),
+    start = {**result.get("commands", {}), **result.get("start", {})}
+    for key, name in (("help_seconds", "`rlhf --help`"), ("compose_and_validate_seconds", "`rlhf train --cfg job`"), ("plan_seconds", "`rlhf plan`"),
                       ("first_step_seconds", "first step of a fresh process")):  # fmt: skip
         if key in start:
             yield f"| {name} | {start[key]:.2f} s |"
