@@ -151,8 +151,7 @@ class Heartbeat:
         if self.ranks > 1:
             time.sleep(3 * POLL)  # they must have seen the file before
             with suppress(Exception):  # the exit matters more
-                told = wake(self.file.parent, self.rank, self.ranks)
-                time.sleep(DUMP_TIME if told else 0)
+                wake(self.file.parent, self.rank, self.ranks)
         os._exit(EXIT)
 
     def _dump(self, reason: str, out: TextIO | None) -> None:
@@ -174,7 +173,7 @@ def born(pid: int) -> int:
 
 
 def wake(logs: Path, rank: int, ranks: int) -> list[int]:
-    """Have the ranks of this machine that wrote no stacks write them, whatever they hold; of those that did the first sends (Linux only).
+    """Have the ranks of this machine that wrote no stacks write them and end; of those that did the first sends (Linux only).
 
     Returns the ranks that were told.
     """
@@ -184,11 +183,16 @@ def wake(logs: Path, rank: int, ranks: int) -> list[int]:
     wrote = [r for r, path in stacks.items() if path.exists() and path.stat().st_size > 0]
     if rank != min(wrote, default=rank):
         return []
-    mute = [b for b in here if b["rank"] not in (*wrote, rank)]
-    for b in mute:
-        with suppress(ProcessLookupError):
-            os.kill(b["pid"], STACKS)
-    return [b["rank"] for b in mute]
+    mute = {b["pid"]: b for b in here if b["rank"] not in (*wrote, rank)}
+    for number in (
+        STACKS,
+        signal.SIGKILL,
+    ):  # what a script starts with `&` is deaf to SIGQUIT: it writes its stacks, and goes on
+        for pid in [pid for pid, b in mute.items() if born(pid) == b["born"]]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+        time.sleep(DUMP_TIME if mute else 0)
+    return [b["rank"] for b in mute.values()]
 
 
 def beat_file(logs: Path, rank: int) -> Path:

@@ -109,7 +109,8 @@ def test_silence_writes_the_stacks_of_every_rank_without_a_keeper_too(tmp_path: 
         with (tmp_path / f"log{rank}").open("wb") as log:
             command = [sys.executable, "-m", "rlhf_cli.worker", str(run.path)]
             ranks.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
-    assert [p.wait(240) for p in ranks] == [75, -signal.SIGQUIT], (tmp_path / "log0").read_text()
+    codes = [p.wait(240) for p in ranks]  # a shell may have started the tests deaf to SIGQUIT
+    assert codes[0] == 75 and codes[1] in (-signal.SIGQUIT, -signal.SIGKILL), (tmp_path / "log0").read_text()
     assert "in score" in run.stacks(1).read_text() and "bare.py" in run.stacks(1).read_text()
     assert "torch/distributed" in run.stacks(0).read_text()
     state = e2e.status(run.path)

@@ -44,14 +44,16 @@ while time.time() < end:
 
 # Rank 1 holds the interpreter's lock for ever, so no thread of it can notice anything; there is no keeper.
 STUCK = """
-import ctypes, sys, time
+import ctypes, signal, sys, time
 from pathlib import Path
 from rlhf_cli.record.heartbeat import Heartbeat
+signal.signal(signal.SIGQUIT, getattr(signal, sys.argv[3]))  # ignored is what a script's `command &` begins with
 rank = int(sys.argv[2])
 def waits_for_the_other():
     time.sleep(60)
 def holds_the_lock():
-    ctypes.PyDLL(None).sleep(60)
+    for _ in range(3):  # a signal ends a sleep
+        ctypes.PyDLL(None).sleep(60)
 told = Path(sys.argv[1]) / f"told-{rank}"
 beat = Heartbeat(Path(sys.argv[1]), rank, 4.0, on_silence=told.write_text, ranks=2).start()
 while not (Path(sys.argv[1]) / "logs" / f"heartbeat-rank-{1 - rank}.json").exists():
@@ -76,19 +78,17 @@ def test_silence_ends_the_process_and_names_rank_phase_and_line(tmp_path: Path) 
     assert (seen["rank"], seen["phase"]) == (3, "update")
 
 
-def test_a_rank_that_holds_the_lock_is_made_to_write_its_stacks_by_another(tmp_path: Path) -> None:
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", STUCK, str(tmp_path), str(i)], stderr=subprocess.PIPE) for i in (0, 1)
-    ]
-    codes = [p.wait(timeout=120) for p in ranks]
-    assert codes == [75, -STACKS]
+@pytest.mark.parametrize(("begins", "ends"), [("SIG_DFL", signal.SIGQUIT), ("SIG_IGN", signal.SIGKILL)])
+def test_a_rank_that_holds_the_lock_is_made_to_write_its_stacks_by_another(
+    begins: str, ends: int, tmp_path: Path
+) -> None:
+    words = [sys.executable, "-c", STUCK, str(tmp_path)]
+    ranks = [subprocess.Popen([*words, str(i), begins], stderr=subprocess.DEVNULL) for i in (0, 1)]
+    assert [p.wait(timeout=120) for p in ranks] == [75, -ends]
     logs = tmp_path / "logs"
     assert "in waits_for_the_other" in (logs / "rank-0.stacks").read_text()
     assert "in holds_the_lock" in (logs / "rank-1.stacks").read_text()
     assert re.fullmatch(r"rank 0 silent for \d+ s in phase load", (tmp_path / "told-0").read_text())
-    for p in ranks:
-        assert p.stderr
-        p.stderr.close()
 
 
 @pytest.fixture
@@ -96,6 +96,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Pids that a signal was sent to, by nobody."""
     pids: list[int] = []
     monkeypatch.setattr(os, "kill", lambda pid, number: pids.append(pid) if number == STACKS else None)
+    monkeypatch.setattr(heartbeat, "DUMP_TIME", 0.0)
     return pids
 
 
