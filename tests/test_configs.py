@@ -68,6 +68,7 @@ FITTING = {
     ("experiment", "rto"): ["frozen.dpo.path=RUN", "reward.model.path=RUN"],
     ("experiment", "salsa"): ["model.soup.path=RUN"],
     ("shaping", "implicit_dpo"): ["algo=ppo", "frozen.dpo.path=RUN"],
+    ("shaping", "lsc_canned"): ["prepass.canned=No."],
     ("rollout", "greedy"): ["algo=sft"],  # equal samples are refused in training; recorded rows need none
 }
 
