@@ -89,7 +89,9 @@ def test_a_step_whose_ranks_would_wait_for_a_killed_one_is_told_from_srun(
     monkeypatch.delenv("SLURM_KILL_BAD_EXIT", raising=False)
     found = step.here({**TASK, "SLURM_PROCID": "0"})
     assert found is not None
-    with subprocess.Popen(["sh", "-c", "read line", *srun], stdin=subprocess.PIPE) as p:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(["sh", "-c", "echo here; read line", *srun], stdin=pipe, stdout=pipe) as p:
+        assert p.stdout is not None and p.stdout.readline()  # its command line stands
         answers["step"] = f"   SrunHost:Pid={socket.gethostname()}:{p.pid}\n"
         step.warn_of_waiting(found)
         p.kill()
