@@ -273,7 +273,16 @@ def test_rows_are_scored_alike_in_any_order_and_company(name):
     assert ((together >= 0) & (together <= 1)).all()
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in CONF.glob("*.yaml") if p.stem != "none"))
+def test_grue_has_the_settings_of_its_metrics_and_trains_on_none():
+    from omegaconf import OmegaConf
+
+    for name, node in OmegaConf.load(CONF / "grue.yaml").items():
+        option = "rouge" if name.startswith("rouge") else name
+        alone = dict(OmegaConf.load(CONF / f"{option}.yaml")[option]) | {"weight": 0.0}
+        assert dict(node) == alone | ({"variant": name, "stemmer": True} if option == "rouge" else {})
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in CONF.glob("*.yaml") if p.stem not in ("none", "grue")))
 def test_every_option_is_keyed_by_its_name_and_checks(name):
     from omegaconf import OmegaConf
 
@@ -306,6 +315,7 @@ def test_every_option_is_keyed_by_its_name_and_checks(name):
         "extrinsic_bleu",
         "by_category",
         "clause_distance",
+        "sql_judge",
     }
     assert bool(sig.flags.get("needs_references")) == (name in needing)
     text = (CONF / f"{name}.yaml").read_text()
