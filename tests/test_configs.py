@@ -68,6 +68,7 @@ FITTING = {
     ("experiment", "rto"): ["frozen.dpo.path=RUN", "reward.model.path=RUN"],
     ("experiment", "salsa"): ["model.soup.path=RUN"],
     ("shaping", "implicit_dpo"): ["algo=ppo", "frozen.dpo.path=RUN"],
+    ("shaping", "lsc_canned"): ["prepass.canned=No."],
     ("rollout", "greedy"): ["algo=sft"],  # equal samples are refused in training; recorded rows need none
 }
 
@@ -148,7 +149,7 @@ WITH = {
     "combine=maxmin_records": ["combine.by_meta=team", "dataset.columns.meta.team=team"],
     **{
         f"experiment={name}": ["debug.stand_ins=true"]
-        for name in ("infalign", "lsc", "mo_grpo", "par", "reward_robust", "rm_ensemble")
+        for name in ("dpa", "infalign", "lsc", "mo_grpo", "par", "reward_robust", "rm_ensemble")
     },
     "rollout=greedy": ["algo=sft"],  # equal samples are refused in training; recorded rows need none
 }
