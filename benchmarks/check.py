@@ -12,19 +12,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from channel import Child
-from machine import describe
+from machine import describe, version
 from models import folder_of
 from workloads import WORKLOADS, Job, write
 
 STORED = Path(__file__).parent / "results" / "check.json"
 LEAST = 0.85
+SCORE = "tokens_per_fixed_work"
 
 
 def measure(args: argparse.Namespace, work: Path) -> dict[str, float]:
@@ -54,8 +56,26 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, float]:
     return {
         "tokens_per_second": statistics.median(speeds),
         "fixed_work_seconds": statistics.median(reference),
-        "tokens_per_fixed_work": score,
+        SCORE: score,
     }
+
+
+def verdict(key: str, found: Mapping[str, float], stored: Mapping[str, Any], file: str) -> tuple[int, str]:
+    """Exit status and what to say: 0 fast enough, 1 slower than LEAST of the stored speed, 2 nothing to compare with."""
+    if key not in stored:
+        known = "; ".join(stored) or "nothing"
+        return 2, (
+            f"{file} has no result of this kind of machine and job, it has: {known}; make one: python benchmarks/check.py --store"
+        )
+    was = stored[key]
+    ratio = found[SCORE] / was[SCORE]
+    text = f"{ratio:.0%} of the stored speed of {was['date']} (at least {LEAST:.0%} wanted)"
+    changed = [
+        f"{name} {old} -> {new}"
+        for name, old in was.get("versions", {}).items()
+        if (new := version(name) if name != "python" else platform.python_version()) != old
+    ]
+    return int(not ratio >= LEAST), text + (f"; since then: {', '.join(changed)}" if changed else "")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,19 +95,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     key = f"{where}, {args.threads} threads, {args.model}, {args.workload}, {args.precision}"
     stored: dict[str, Any] = json.loads(Path(args.stored).read_text()) if Path(args.stored).exists() else {}
     print(key)
+    if not args.store and key not in stored:  # before minutes of measuring
+        status, text = verdict(key, {}, stored, Path(args.stored).name)
+        print(text)
+        return status
     with tempfile.TemporaryDirectory() as work:
         found = measure(args, Path(work))
     if args.store:
         stored[key] = {**about, **found}
         Path(args.stored).write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
-        print(f"stored: {found['tokens_per_fixed_work']:.1f} tokens per unit of fixed work")
+        print(f"stored: {found[SCORE]:.1f} tokens per unit of fixed work")
         return 0
-    if key not in stored:
-        print(f"{args.stored} has no result of this kind of machine; make one: python benchmarks/check.py --store")
-        return 2
-    ratio = found["tokens_per_fixed_work"] / stored[key]["tokens_per_fixed_work"]
-    print(f"{ratio:.0%} of the stored speed of {stored[key]['date']} (at least {LEAST:.0%} wanted)")
-    return int(ratio < LEAST)
+    status, text = verdict(key, found, stored, Path(args.stored).name)
+    print(text)
+    return status
 
 
 if __name__ == "__main__":

@@ -29,11 +29,11 @@ from workloads import WORKLOADS, Job, Workload, overrides, write
 
 BASE = Workload("scaling", 4, 4, 32, min_prompt_tokens=64)
 SERIES = {
-    "responses per prompt": [replace(BASE, samples=k) for k in (2, 4, 8, 16)],
-    "prompt tokens": [replace(BASE, min_prompt_tokens=n) for n in (64, 128, 256, 512)],
-    "response tokens": [replace(BASE, new_tokens=n) for n in (16, 32, 64, 128)],
+    "responses per prompt": [replace(BASE, samples=k) for k in (2, 4, 8)],
+    "prompt tokens": [replace(BASE, min_prompt_tokens=n) for n in (32, 64, 128)],
+    "response tokens": [replace(BASE, new_tokens=n) for n in (16, 32, 64)],
 }
-FILES = ["checkpoint.every=0", "checkpoint.export=false"]
+FILES = ["checkpoint.every=0", "checkpoint.export=false", "eval.prompts=4"]
 
 
 class Bench:
@@ -47,11 +47,11 @@ class Bench:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(self.folder)
         self.decoder = flops.decoder(AutoConfig.from_pretrained(self.folder))
 
-    def job(self, w: Workload) -> Job:
+    def job(self, w: Workload, *more: str) -> Job:
         records = self.work / f"records-{w.samples}-{w.new_tokens}-{w.min_prompt_tokens}"
         write(records, self.args.data, self.tokenizer, w)
         a = self.args
-        return Job(w, a.precision, a.device, a.threads, str(self.folder), str(records), extra=tuple(a.set))
+        return Job(w, a.precision, a.device, a.threads, str(self.folder), str(records), extra=(*a.set, *more))
 
     def train(self, name: str, w: Workload, more: Sequence[str]) -> tuple[float, list[dict[str, Any]]]:
         """`rlhf train` in a fresh process: seconds until the first row of metrics stands there, and all rows."""
@@ -78,10 +78,10 @@ def rlhf() -> list[str]:
     return [found] if found else [sys.executable, "-m", "rlhf_cli.cli"]
 
 
-def start(bench: Bench) -> dict[str, Any]:
-    """Commands that only print, and the first step of a fresh process; medians."""
+def commands(bench: Bench) -> dict[str, Any]:
+    """Commands that only print; medians."""
 
-    def seconds(words: list[str], times: int = 7) -> float:
+    def seconds(words: list[str], times: int = 10) -> float:
         spent = []
         for _ in range(times):
             began = time.perf_counter()
@@ -89,44 +89,56 @@ def start(bench: Bench) -> dict[str, Any]:
             spent.append(time.perf_counter() - began)
         return statistics.median(spent)
 
-    found: dict[str, Any] = {
+    found = {
         "help_seconds": seconds(["--help"]),
         "compose_and_validate_seconds": seconds(["train", "--cfg", "job"]),
         "plan_seconds": seconds(["plan"]),
     }
-    first, rows = bench.train("first", WORKLOADS[bench.args.workload], ["steps=1"])
-    found["first_step_seconds"] = first
-    found["first_step_phases"] = {k: v for k, v in rows[0].items() if k.startswith("time/")}
-    found["targets"] = {
+    targets = {
         "rlhf --help, seconds": at_most(found["help_seconds"], 0.15),
         "compose and validate, seconds": at_most(found["compose_and_validate_seconds"], 0.6),
     }
-    return found
+    return {**found, "load": os.getloadavg()[0], "targets": targets}
+
+
+def start(bench: Bench) -> dict[str, Any]:
+    """The first step of a fresh process."""
+    first, rows = bench.train("first", WORKLOADS[bench.args.workload], ["steps=1"])
+    return {
+        "first_step_seconds": first,
+        "first_step_phases": {k: v for k, v in rows[0].items() if k.startswith("time/")},
+    }
 
 
 def gates(bench: Bench) -> dict[str, Any]:
     """Gates, diagnostics and logging as a share of a step."""
-    found = measured("gates_cost.py", bench.job(WORKLOADS[bench.args.workload]).dumps(), bench.work / "gates.log")
+    job = bench.job(WORKLOADS[bench.args.workload], f"steps={bench.args.steps}")
+    found = measured("gates_cost.py", job.dumps(), bench.work / "gates.log")
     return {**found, "targets": {"gates and logging, share of a step": at_most(found["share"], 0.01)}}
 
 
 def scaling(bench: Bench) -> dict[str, Any]:
     """Seconds of a step against its operations, for growing numbers of responses and lengths."""
+    known: dict[Workload, dict[str, Any]] = {}  # the series share a point
     found: dict[str, Any] = {}
     for name, sizes in SERIES.items():
-        points = []
         for w in sizes:
-            with Child("ours.py", bench.job(w).dumps(), bench.work / "ours.log") as child:
-                child.ask()
-                steps = [child.ask("step") for _ in range(bench.args.steps)][1:]
-            points.append({"workload": vars(w), **growth(bench.decoder, steps)})
-            print(
-                f"  {name}: {points[-1]['gflop']['total']:.0f} GFLOP, {points[-1]['seconds']['total']:.2f} s",
-                flush=True,
-            )
+            if w not in known:
+                known[w] = point(bench, w)
+        points = [known[w] for w in sizes]
+        shown = ", ".join(f"{x['gflop']['total']:.0f} GFLOP in {x['seconds']['total']:.2f} s" for x in points)
+        print(f"  {name}: {shown}", flush=True)
         fits = {p: fit([x["gflop"][p] for x in points], [x["seconds"][p] for x in points]) for p in points[0]["gflop"]}
         found[name] = {"points": points, "fits": fits}
     return found
+
+
+def point(bench: Bench, w: Workload) -> dict[str, Any]:
+    """The steps of one workload in a process of its own; the first is left out."""
+    with Child("ours.py", bench.job(w).dumps(), bench.work / "ours.log") as child:
+        child.ask()
+        steps = [child.ask("step") for _ in range(bench.args.steps)][1:]
+    return {"workload": vars(w), **growth(bench.decoder, steps)}
 
 
 def growth(d: flops.Decoder, steps: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -140,7 +152,7 @@ def growth(d: flops.Decoder, steps: Sequence[dict[str, Any]]) -> dict[str, dict[
 
 def zero(bench: Bench) -> dict[str, Any]:
     """Seconds of a step: one process with two threads, and two processes with one thread under ZeRO 0-3."""
-    w = WORKLOADS[bench.args.workload]
+    w = BASE
     shared = ["hardware.processes=2", "hardware.threads=1", f"rollout.rows={w.rows // 2}"]
     found: dict[str, Any] = {}
     for name, more in {
@@ -154,18 +166,24 @@ def zero(bench: Bench) -> dict[str, Any]:
         }
         print(f"  {name}: {found[name]['step']:.2f} s/step", flush=True)
     alone = found["1 process, 2 threads"]["step"]
-    return {"seconds": found, "against_one_process": {k: v["step"] / alone for k, v in found.items()}}
+    return {
+        "workload": vars(w),
+        "seconds": found,
+        "against_one_process": {k: v["step"] / alone for k, v in found.items()},
+    }
 
 
-SECTIONS = {"start": start, "gates": gates, "scaling": scaling, "zero": zero}
+SECTIONS = {"commands": commands, "start": start, "gates": gates, "scaling": scaling, "zero": zero}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--sections", default=",".join(SECTIONS))
-    p.add_argument("--workload", default="W1", help="of start, gates and zero")
+    p.add_argument("--workload", default="W1", help="of start and gates; scaling and zero have their own")
     p.add_argument("--precision", default="bf16")
-    p.add_argument("--steps", type=int, default=4, help="of scaling and zero, the first of which is left out")
+    p.add_argument(
+        "--steps", type=int, default=3, help="of gates, scaling and zero; the first of the latter two is left out"
+    )
     p.add_argument("--data", default="", help="JSON lines of question and answer; default: the packaged prompts")
     p.add_argument("--model", default="smollm2", help="as for grpo_step.py")
     p.add_argument("--device", default="cpu", choices=("cpu", "cuda"))

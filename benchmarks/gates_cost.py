@@ -14,8 +14,6 @@ from typing import Any
 from channel import Answers
 from workloads import Job, overrides
 
-STEPS = 5
-
 
 class Clock:
     """Seconds spent in wrapped functions, by name; a wrapped function inside another counts once, for the outer."""
@@ -75,12 +73,12 @@ def main() -> None:
     instrument(clock)
     with tempfile.TemporaryDirectory() as where:
         more = [
-            f"steps={STEPS}",
             f"run.dir={where}",
             "run.name=run",
             "tracker=offline",
             "checkpoint.every=0",
             "checkpoint.export=false",
+            "eval.prompts=4",
         ]
         launch(compose("train", overrides(job, *more), None))
         rows = [json.loads(x) for x in (Path(where) / "run" / "metrics.jsonl").read_text().splitlines()]

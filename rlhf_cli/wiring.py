@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rlhf_cli import frozen, gates, readers, stages
 from rlhf_cli.data.loading import load
@@ -20,19 +20,19 @@ from rlhf_cli.engine.comm import Comm
 from rlhf_cli.engine.deepspeed import DeepSpeedEngine, Frozen, Setup
 from rlhf_cli.environments import section as dialogue
 from rlhf_cli.hardest import Banded, banded
-from rlhf_cli.models import fused, loading, packing
+from rlhf_cli.models import fused, kernels, loading, packing
 from rlhf_cli.models.heads import PolicyHead, ScalarHead, SharedHead, inner
 from rlhf_cli.models.lora import add_lora
 from rlhf_cli.pipeline import make_pipeline
 from rlhf_cli.plan import HEADS, Plan, learner_sections, validate
 from rlhf_cli.prepass import Prepass, make_prepass
+from rlhf_cli.probe import probe_rows
 from rlhf_cli.rewards.direction import written
 from rlhf_cli.rewards.make import make_scorer
 from rlhf_cli.rewards.self_judge import attended
 from rlhf_cli.rewards.stage import held, make_scoring
 from rlhf_cli.rollout.backends import backend
 from rlhf_cli.rollout.sampler import Sampler
-from rlhf_cli.sources.assemble import rows, sample_of
 from rlhf_cli.sources.episodes import Episodes
 from rlhf_cli.sources.play import Player
 from rlhf_cli.sources.recorded import Recorded
@@ -52,7 +52,7 @@ class Parts:
     heads: list[Any]  # of the learners and the reference
     sampler: Sampler | None
     eval_scorer: Scorer | None  # the training reward on held-out prompts; None where the records do not allow it
-    probe: Callable[[Run], Experience]  # a few rows for the gates at the start
+    probe: Callable[[], Experience]  # a few rows for the gates at the start
     heldout: list[Record]
     encoded_heldout: list[list[int]]
     player: Player | None  # of dialogues, where there is an environment
@@ -77,8 +77,9 @@ def make_run(cfg: Any, comm: Comm, record: Any, folder: Path | None = None) -> t
 
     packing.register()
     sections = learner_sections(cfg)
-    heads = {name: make_head(cfg, section, comm, plan) for name, section in sections.items()}
-    read_only = make_readers(cfg, heads, plan, comm)
+    probe = partial(probe_rows, encoded=encoded[:2], records=train[:2])
+    heads = make_heads(cfg, sections, comm, plan, probe, record.note)
+    read_only = make_readers(cfg, heads, plan, comm, probe, record.note)
     scorable = "policy" in plan.learners and can_score(cfg, heldout)
     actor = make_actor(cfg, heads, plan, comm) if sampled or scorable else None
     engines = {name: DeepSpeedEngine(name, head, setup_of(cfg, sections[name]), comm) for name, head in heads.items()}
@@ -126,7 +127,6 @@ def make_run(cfg: Any, comm: Comm, record: Any, folder: Path | None = None) -> t
         build.keep(f"reward.{name}", part)
     state = {"source": source, "constant_reward": checks.constant, **build.state, **followers}
     eval_scorer = attended(scorer if sampled else make_scorer(cfg) if scorable else None, sampler, cfg)
-    probe = partial(probe_rows, encoded=encoded[:2], records=train[:2])
     return run, Parts(
         plan=plan,
         tokenizer=tokenizer,
@@ -206,13 +206,6 @@ def make_gates(cfg: Any, sampler: Sampler | None) -> gates.Gates:
     )
 
 
-def probe_rows(run: Run, *, encoded: Sequence[Sequence[int]], records: Sequence[Record]) -> Experience:
-    """Two groups of two rows: real prompts, each with a short and a longer answer made of its own tokens."""
-    owner = [i for i in range(len(encoded)) for _ in range(2)]
-    answers = [list(encoded[i][-(5 + 4 * (n % 2)) :]) for n, i in enumerate(owner)]
-    return rows([encoded[i] for i in owner], answers, [sample_of(records[i], "") for i in owner], torch.tensor(owner))
-
-
 def can_score(cfg: Any, records: Sequence[Record]) -> bool:
     """Whether the chosen reward can be computed on these records."""
     scorer = make_scorer(cfg)
@@ -270,6 +263,22 @@ def dtype_of(cfg: Any) -> torch.dtype:
     return torch.bfloat16 if cfg.hardware.precision == "bf16" else torch.float32
 
 
+def make_heads(
+    cfg: Any,
+    sections: Mapping[str, Any],
+    comm: Comm,
+    plan: Plan,
+    probe: Callable[[], Experience],
+    note: Callable[[str], None],
+) -> dict[str, nn.Module]:
+    """The trained models by name, with the chosen kernels where these agree with the plain path on the rows of `probe`."""
+    heads = {name: make_head(cfg, section, comm, plan) for name, section in sections.items()}
+    for name, head in heads.items():
+        want = frozenset(HEADS[sections[name].head]) - {"entropy"}
+        kernels.use(head, cfg.model.kernels, probe, want, note, comm.any)
+    return heads
+
+
 def make_head(cfg: Any, section: Any, comm: Comm, plan: Plan) -> nn.Module:
     """A trained model with its head, on this rank's device, dropout off."""
     model_cfg = copy.deepcopy(cfg.model)
@@ -312,14 +321,23 @@ def temperature_of(cfg: Any, plan: Plan) -> float:
     return cfg.rollout.temperature if plan.source == "sampled" and cfg.rollout.temperature > 0 else 1.0
 
 
-def make_readers(cfg: Any, heads: Mapping[str, nn.Module], plan: Plan, comm: Comm) -> dict[str, Frozen]:
+def make_readers(
+    cfg: Any,
+    heads: Mapping[str, nn.Module],
+    plan: Plan,
+    comm: Comm,
+    probe: Callable[[], Experience],
+    note: Callable[[str], None],
+) -> dict[str, Frozen]:
     """Models that are only read, by name."""
 
     def head_of(model: Any) -> nn.Module:
         model.to(comm.device)
         prepare(model, checkpointing=False)
         head = PolicyHead(model, temperature=temperature_of(cfg, plan), packing=cfg.model.packing)
-        return head.eval().requires_grad_(False)
+        head.eval().requires_grad_(False)
+        kernels.use(head, cfg.model.kernels, probe, frozenset({"logp"}), note, comm.any)
+        return head
 
     wants_reference = "ref_logp" in plan.annotate
     return readers.make(cfg, heads, wants_reference, head_of, dtype_of(cfg), setup_of(cfg, None), comm)
@@ -348,39 +366,3 @@ def annotations(
         **{frozen.column(name): (reader, "logp") for name, reader in read_only.items()},
     }
     return {c: makers[c] for c in plan.annotate}
-
-
-# -- rewards, updates --------------------------------------------------------------------------------------------------
-
-
-def check_invariance(engine: DeepSpeedEngine, exp: Experience, want: str, limit: float, rows: int = 4) -> float:
-    """Compare a few rows as the engine runs them with the same rows alone: log-probs of the model's own logits, or unpacked scores."""
-    some = exp.rows(torch.arange(min(rows, len(exp))))
-    alone = own_logp if want == "logp" else unpacked
-    return gates.invariance(
-        lambda e: engine.infer(e, frozenset({want}))[want], lambda e: alone(engine, e, want), some, limit
-    )
-
-
-def own_logp(engine: DeepSpeedEngine, exp: Experience, want: str) -> Tensor:
-    """[N, T] log-probs from what the whole model returns for one row at a time, output scaling and all."""
-    head: Any = engine.module
-    found = torch.zeros(exp.ids.shape, dtype=torch.float64)
-    for i, n in enumerate(exp.attention.sum(-1).tolist()):
-        ids = exp.ids[i : i + 1, :n]
-        with torch.no_grad():
-            logits = head.model(input_ids=ids.to(engine.comm.device), use_cache=False).logits[0]
-        logp = (logits[:-1].double() / head.temperature).log_softmax(-1).cpu()
-        found[i, 1:n] = logp.gather(-1, ids[0, 1:, None]).squeeze(-1)
-    return found * exp.mask
-
-
-def unpacked(engine: DeepSpeedEngine, exp: Experience, want: str) -> Tensor:
-    """Outputs of one row at a time, without packing."""
-    head: Any = engine.module
-    kept, head.packing = head.packing, False
-    try:
-        parts = [engine.infer(exp.rows(torch.tensor([i])), frozenset({want}))[want] for i in range(len(exp))]
-    finally:
-        head.packing = kept
-    return torch.cat(parts)

@@ -25,6 +25,7 @@ from rlhf_cli.errors import ConfigError, GateError
 from rlhf_cli.launch.stop import Stop
 from rlhf_cli.loop import train
 from rlhf_cli.plan import HEADS
+from rlhf_cli.probe import check_invariance
 from rlhf_cli.record import checkpoint
 from rlhf_cli.record.files import full_disk
 from rlhf_cli.record.heartbeat import Heartbeat
@@ -37,7 +38,7 @@ from rlhf_cli.record.rundir import RunDir
 from rlhf_cli.report import evaluate, summary
 from rlhf_cli.rollout.builtin import decoding_of
 from rlhf_cli.types import Run
-from rlhf_cli.wiring import Parts, check_invariance, make_run
+from rlhf_cli.wiring import Parts, make_run
 
 PREEMPTED = 75  # exit status: stopped by a signal after a checkpoint; start it again to go on
 SAMPLES_PER_STEP = 8
@@ -249,7 +250,7 @@ class Session:
 
     def _invariance(self, name: str, want: str, limit: float) -> float:
         """The gap of one learner; where packing is to blame, every model goes on without it, and a note says so."""
-        exp = self.parts.probe(self.run)
+        exp = self.parts.probe()
         try:
             return check_invariance(self.parts.engines[name], exp, want, limit)
         except GateError as e:

@@ -62,7 +62,7 @@ def test_refresh_refuses_an_update_that_changed_nothing() -> None:
 def test_the_probe_makes_two_groups_of_two_rows_of_different_length() -> None:
     records = [Record(({"role": "user", "content": t},), t, uid=t) for t in ("a", "b")]
     encoded = [list(range(1, 12)), list(range(20, 30))]
-    exp = wiring.probe_rows(None, encoded=encoded, records=records)  # type: ignore[arg-type]
+    exp = wiring.probe_rows(encoded=encoded, records=records)
     assert exp.group.tolist() == [0, 0, 1, 1] and exp.mask.sum(-1).tolist() == [5, 9, 5, 9]
     assert exp.ids[0, :16].tolist() == [*range(1, 12), 7, 8, 9, 10, 11]
 

@@ -71,20 +71,17 @@ class Classifier(Model):
     def _row(self, sample: Sample, logits: list[float] | None) -> Row:
         if logits is None:
             return Row(None, reason="it has no text")
-        wanted, p = self._wanted(sample), torch.tensor(logits, dtype=torch.float64).softmax(-1)
-        return Row(float(p[wanted]) if self.value == "probability" else float(int(p.argmax()) == wanted))
-
-    def _wanted(self, sample: Sample) -> int:
-        """The number of the sample's label, from 0."""
         name = str(self.label)
         if name.startswith(META):
             key = name.removeprefix(META)
-            if key not in sample.meta:
-                raise ConfigError(
-                    f"reward.classifier: {sample.meta.get('where') or sample.uid} has no meta {key!r}; "
-                    f"map it with dataset.columns.meta.{key}=COLUMN"
-                )
+            if sample.meta.get(key) is None:
+                return Row(None, reason=f"its record has no {key}: map it with dataset.columns.meta.{key}")
             name = str(sample.meta[key])
+        wanted, p = self._number(name), torch.tensor(logits, dtype=torch.float64).softmax(-1)
+        return Row(float(p[wanted]) if self.value == "probability" else float(int(p.argmax()) == wanted))
+
+    def _number(self, name: str) -> int:
+        """The number of a label, from 0."""
         names = {str(k): int(v) for k, v in (self.model.config.label2id or {}).items()}
         numbers = {str(i + self.first): i for i in range(self.model.config.num_labels)}
         found = numbers.get(name, names.get(name))

@@ -13,6 +13,7 @@ from rlhf_cli.data.text import end_id
 from rlhf_cli.engine.comm import Comm
 from rlhf_cli.engine.deepspeed import DeepSpeedEngine
 from rlhf_cli.errors import GateError
+from rlhf_cli.rollout import graphs
 from rlhf_cli.rollout.sampler import Decoding, Sampler
 
 SAMPLES_WITH_ACTOR = True  # under ZeRO-3 it needs a copy of the model
@@ -22,6 +23,8 @@ def make_sampler(cfg: Any, actor: nn.Module, tokenizer: Any, comm: Comm) -> Samp
     """The built-in sampler; it also stops at the token that the chat template ends a turn with."""
     sampler = Sampler(actor, tokenizer, decoding_of(cfg), device=comm.device)
     sampler.eos = sorted({*sampler.eos, end_id(tokenizer, cfg.dataset.chat)})
+    if cfg.rollout.cuda_graphs:
+        graphs.use(sampler)
     return sampler
 
 

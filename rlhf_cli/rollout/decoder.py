@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rlhf_cli.rollout.tree import Memory
 
 Linear = Callable[[Tensor], Tensor]
+Step = Callable[[Tensor, Tensor, Memory], Tensor]  # a `Decoder`, or what is called as it is
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 3e-2}  # of the logits' norm
 
 

@@ -22,7 +22,7 @@ from transformers import DynamicCache
 from rlhf_cli.errors import GateError
 from rlhf_cli.rollout.cache import Board, attending, fill, slot_cache
 from rlhf_cli.rollout.choose import Decoding, choose
-from rlhf_cli.rollout.decoder import Decoder, agree, readable
+from rlhf_cli.rollout.decoder import Decoder, Step, agree, readable
 from rlhf_cli.rollout.limits import check_context, rows_at_a_time
 from rlhf_cli.rollout.masking import Mask, Shadow, beside
 from rlhf_cli.rollout.tree import Slots, Tree
@@ -68,7 +68,7 @@ class _Batch:
     slot_row: list[int]
     token: list[int]  # [slots] token to feed next
     place: list[int]  # [slots] its position
-    decoder: Decoder | None = None  # of the weights as they are; None: the model's own forward
+    decoder: Step | None = None  # of the weights as they are; None: the model's own forward
     tree: Tree | None = None  # where the decoder attends when all rows begin together
     shared: int = 0  # rows of a prompt when they do; 0: slots begin as others end
     started: int = 0
@@ -95,6 +95,7 @@ class Sampler:
         self.decoding = decoding
         self.device = torch.device(device)
         self.eos = eos_ids(model, tokenizer)
+        self.decoder_of: Callable[[Any, int], Step] | None = Decoder if self.device.type == "cpu" else None
         self.written_out: bool | None = None  # whether `Decoder` gives what the model gives; None: not known yet
         self.note: Callable[[str], None] = _silent  # hears what a user should know
         self.mask: Mask | None = None  # of what is drawn; the best token of all (temperature 0) needs none
@@ -125,9 +126,15 @@ class Sampler:
         board = Board(slots, longest)
         batch = _Batch(prompts, decoding, rows, board, slot_cache(board), [-1] * slots, [0] * slots, [0] * slots)
         batch.shadow = Shadow(mask, self, batch) if mask is not None else None
-        if self.device.type == "cpu" and self.written_out is not False and readable(self.model):
-            batch.decoder = Decoder(self.model, slots)
-            together = 0 < decoding.wave <= slots and len(rows) <= slots and k > 1 and slots % k == 0
+        if self.decoder_of is not None and self.written_out is not False and readable(self.model):
+            batch.decoder = self.decoder_of(self.model, slots)
+            together = (
+                self.decoder_of is Decoder
+                and 0 < decoding.wave <= slots
+                and len(rows) <= slots
+                and k > 1
+                and slots % k == 0
+            )
             batch.shared = k if together and batch.shadow is None else 0
         training = self.model.training
         if training:  # as activation checkpointing wants it; it would turn the cache off

@@ -13,6 +13,7 @@ from optimality_envs import (
     Env,
     Law,
     Rule,
+    best,
     k3_slope,
     optimum,
     per_token,
@@ -117,6 +118,18 @@ ROWS = [
         "ref exp(Phi(u)) with the reward's quantile u under the reference: only its order counts",
         FREE,
         columns={"ref_scores": ref_scores},
+    ),
+    Row(
+        "dpa",
+        (
+            "experiment=dpa",
+            "combine=weighted_sum",
+            "reward.helpfulness.model.path=x",
+            "reward.verbosity.model.path=x",
+            "batch.samples=2",
+        ),
+        best,
+        "the best response alone: of its own samples the better one is imitated, again and again",
     ),
     Row(
         "dr_irl, prompts alike",

@@ -173,3 +173,70 @@ def test_a_table_goes_between_the_markers(load, tmp_path: Path) -> None:
         and page.read_text().endswith("below\n")
         and "old" not in page.read_text()
     )
+
+
+def stored_check(score: float, torch_version: str) -> dict[str, object]:
+    return {"tokens_per_fixed_work": score, "date": "2026-01-01", "versions": {"torch": torch_version}}
+
+
+@pytest.mark.parametrize(
+    ("score", "status", "text"),
+    [(85.0, 0, "85%"), (84.9, 1, "85%"), (130.0, 0, "130%"), (10.0, 1, "10%"), (float("nan"), 1, "nan%")],
+)
+def test_a_check_fails_below_the_stored_share(load, score: float, status: int, text: str) -> None:
+    import torch
+
+    found = load("check").verdict(
+        "m", {"tokens_per_fixed_work": score}, {"m": stored_check(100.0, torch.__version__)}, "f"
+    )
+    assert found == (status, f"{text} of the stored speed of 2026-01-01 (at least 85% wanted)")
+
+
+def test_a_check_names_what_changed_since(load) -> None:
+    import torch
+
+    _, text = load("check").verdict("m", {"tokens_per_fixed_work": 1.0}, {"m": stored_check(1.0, "0.1")}, "f")
+    assert text.endswith(f"wanted); since then: torch 0.1 -> {torch.__version__}")
+
+
+def test_a_check_without_a_stored_result_does_not_pass_and_does_not_measure(
+    load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check = load("check")
+    monkeypatch.setattr(check, "measure", lambda *_: pytest.fail("measured"))
+    file = tmp_path / "check.json"
+    file.write_text(json.dumps({"another machine": stored_check(1.0, "2")}))
+    assert check.main(["--stored", str(file), "--threads", "1"]) == 2
+    assert (
+        "check.json has no result of this kind of machine and job, it has: another machine; make one: "
+        in capsys.readouterr().out
+    )
+
+
+def test_a_check_is_stored_under_its_machine_and_found_again(
+    load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = load("check")
+    score = [100.0, 86.0, 84.0]
+    monkeypatch.setattr(check, "measure", lambda *_: {"tokens_per_fixed_work": score.pop(0)})
+    words = ["--stored", str(tmp_path / "check.json"), "--threads", "1"]
+    assert [check.main([*words, "--store"]), check.main(words), check.main(words)] == [0, 0, 1]
+    assert check.main([*words, "--precision", "fp32"]) == 2, "another job has no result"
+    (key,) = json.loads((tmp_path / "check.json").read_text())
+    assert key.endswith(", 1 threads, smollm2, W1, bf16")
+
+
+def test_series_share_the_point_they_have_in_common(load, monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = load("costs")
+    asked = []
+
+    def point(bench: object, w) -> dict[str, object]:
+        asked.append(w)
+        work = float(w.samples * w.new_tokens * w.min_prompt_tokens)
+        return {"workload": vars(w), "gflop": {"total": work}, "seconds": {"total": 3 * work}}
+
+    monkeypatch.setattr(costs, "point", point)
+    found = costs.scaling(None)
+    assert len(asked) == len(set(asked)) == 7
+    assert [len(x["points"]) for x in found.values()] == [3, 3, 3]
+    assert all(x["fits"]["total"]["exponent"] == pytest.approx(1.0) for x in found.values())

@@ -15,8 +15,8 @@ from rlhf_cli.models import heads, packing
 from rlhf_cli.models.heads import PolicyHead, ScalarHead, stage_inputs
 from rlhf_cli.models.packing import ATTENTION, Pack, pack, packed_size, shifted
 from rlhf_cli.models.tiny import tiny_causal, tiny_scalar
+from rlhf_cli.probe import check_invariance
 from rlhf_cli.types import Experience
-from rlhf_cli.wiring import check_invariance
 
 LOGP = frozenset({"logp", "entropy"})
 

@@ -62,9 +62,9 @@ def test_refusals() -> None:
     with pytest.raises(ConfigError) as e:
         make(label="positive")(SAMPLES, GROUP)
     assert str(e.value).startswith("reward.classifier.label: tiny:3 has no label 'positive'; it has ")
-    with pytest.raises(ConfigError) as e:
-        make(label="meta.mood")([Sample("a", "b", meta={"where": "f:1"})], GROUP[:1])
-    assert str(e.value) == "reward.classifier: f:1 has no meta 'mood'; map it with dataset.columns.meta.mood=COLUMN"
+    found = make(label="meta.mood")([Sample("a", "b")], GROUP[:1])
+    assert found.missing is not None and found.missing.tolist() == [True]
+    assert found.reasons == {0: "its record has no mood: map it with dataset.columns.meta.mood"}
 
 
 def test_the_rewards_of_grue_compose() -> None:

@@ -24,7 +24,7 @@ ROWS: list[dict[str, Any]] = [
 ]
 RULE = ["judge.backend=rule"]
 SETTINGS = {  # what an option needs besides its name
-    **{n: [f"reward.{n}.path=tiny:1"] for n in ("attributes", "model", "perplexity", "principles")},
+    **{n: [f"reward.{n}.path=tiny:1"] for n in ("attributes", "intent", "model", "perplexity", "principles", "sentiment")},
     **{n: RULE for n in ("judge", "judge_anchor", "judge_listwise", "judge_pairwise", "judge_pivot", "mpo", "oni", "pair_verdict")},
     "ensemble": ["reward.ensemble.path=[tiny:1,tiny:2]", "combine=min"],
     "implicit": ["reward.implicit.path=tiny:1", "reward.implicit.reference=tiny:2"],
@@ -38,8 +38,10 @@ LACKING = {  # option -> what it says; records of this kind cannot serve it
     "python": r"^reward\.python\.path is empty; type reward\.python\.path=FILE:FUNCTION$",
     "self": r"^reward=self asks the policy that is trained, and there is none here",
 }
+SHOWN = {"grue": "rougeL"}  # an option of several components
 MISSING = {  # option -> why every response is missing
-    "code_tests": "its record has no tests: map", "environment": "no environment played it", "levels": "no reference holds an answer",
+    "code_tests": "its record has no tests: map", "environment": "no environment played it",
+    "intent": "map it with dataset.columns.meta.intent", "levels": "no reference holds an answer",
     "levels_knights": "no reference holds an answer", "pair_verdict": "map it with dataset.columns.meta.better",
     "ranking_verdict": "map it with dataset.columns.meta.gold", "scores_verdict": "map it with dataset.columns.meta.better",
     "sql_execution": "map dataset.columns.meta.database", "sql_partial": "map dataset.columns.meta.database",
@@ -75,7 +77,7 @@ def test_one_command_scores_or_says_what_is_lacking(name: str, file: Path) -> No
         assert "\n" not in str(e.value)
         return
     text, rows = scored(file, *words)
-    assert len(rows) == 4 and text.startswith("4 samples in 4 groups") and name in text
+    assert len(rows) == 4 and text.startswith("4 samples in 4 groups") and SHOWN.get(name, name) in text
     if name in MISSING:
         assert MISSING[name] in text and any(r["score"] is None for r in rows)
         return
