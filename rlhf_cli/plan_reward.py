@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -183,7 +184,7 @@ def check(cfg: Any) -> None:
     for node in nodes:
         for key, sig in shapers(cfg, node):
             _check_shaper(key, sig)
-    _check_gold(cfg, [n.name for n in nodes])
+    _check_detectors(cfg.detectors, [n.name for n in nodes])
     if wants(cfg).canned and not cfg.prepass.canned.strip():
         raise ConfigError(
             "prepass.canned is empty, and shaping=lsc_canned compares with its rewards; type prepass.canned='I cannot help with that.'"
@@ -200,9 +201,14 @@ def check(cfg: Any) -> None:
         _check_chain(shapers(cfg, node))
 
 
-def _check_gold(cfg: Any, names: list[str]) -> None:
+def _check_detectors(d: Any, names: list[str]) -> None:
     """The reward that the trained one is compared with must be there; limits on both need it."""
-    d = cfg.detectors
+    try:
+        re.compile(d.answer)
+    except re.error as e:
+        raise ConfigError(f"detectors.answer: {d.answer!r} is no regular expression: {e}") from None
+    if d.pairs < 0:
+        raise ConfigError(f"detectors.pairs={d.pairs}: must be at least 0")
     if d.gold and d.gold.partition("/")[0] not in names:
         raise ConfigError(
             f"detectors.gold={d.gold}: no such reward; there are {', '.join(names)}; one that is only logged: "

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rlhf_cli.errors import GateError
 from rlhf_cli.types import Experience
 
 INCONSISTENT = "/position_inconsistency"  # the part in which a judge of pairs says how often its two orders disagree
@@ -102,6 +103,8 @@ class Gold:
 
     def __call__(self, exp: Experience) -> dict[str, float]:
         """The step's numbers."""
+        if self.name not in exp.components:
+            raise GateError(f"detectors.gold={self.name}: no such part; there are {', '.join(exp.components)}")
         gold = exp.components[self.name].double()
         there = ~gold.isnan()
         columns = [exp.score.double()[there], gold[there]]

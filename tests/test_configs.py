@@ -149,7 +149,7 @@ WITH = {
     "combine=maxmin_records": ["combine.by_meta=team", "dataset.columns.meta.team=team"],
     **{
         f"experiment={name}": ["debug.stand_ins=true"]
-        for name in ("infalign", "lsc", "mo_grpo", "par", "reward_robust", "rm_ensemble")
+        for name in ("dpa", "infalign", "lsc", "mo_grpo", "par", "reward_robust", "rm_ensemble")
     },
     "rollout=greedy": ["algo=sft"],  # equal samples are refused in training; recorded rows need none
 }

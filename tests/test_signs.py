@@ -126,6 +126,11 @@ def test_gold_that_rises_too_is_no_fall_and_a_step_without_it_is_left_out() -> N
     )
 
 
+def test_a_part_that_nobody_gives_is_told() -> None:
+    with pytest.raises(GateError, match=r"^detectors\.gold=bleu/no: no such part; there are gold$"):
+        signs.Gold("bleu/no", 2)(with_gold(0, 0))
+
+
 def test_it_goes_on_from_its_state() -> None:
     detect = Detectors(DetectorsSection(gold="gold", window=4, gold_falls=0.5, steps=1), {"x": 1.0}, {})
     for i in range(3):
@@ -223,3 +228,7 @@ def test_gold_must_be_a_reward_of_the_run() -> None:
         ConfigError, match=r"^detectors\.window=3: its halves are compared; type an even number of steps$"
     ):
         plan("reward=[bleu,length]", "detectors.gold=length", "detectors.window=3")
+    with pytest.raises(ConfigError, match=r"^detectors\.pairs=-1: must be at least 0$"):
+        plan("detectors.pairs=-1")
+    with pytest.raises(ConfigError, match=r"^detectors\.answer: '\(' is no regular expression: missing \)"):
+        plan("detectors.answer='('")
