@@ -234,13 +234,13 @@ def _options(o: Override) -> list[str]:
 def _explain(error: Exception, config_name: str, asked: list[Override], config_dir: str | None) -> str:
     """One line that names the wrong key: of an option's file when choosing alone fails, of an override otherwise."""
     groups = {*catalog.groups(config_dir), *catalog.defaults(config_name)}
-    chosen = [o for o in asked if o.key_or_group in groups and not isinstance(o.value(), dict)]
+    picked = [o for o in asked if o.key_or_group in groups and not isinstance(o.value(), dict)]
     try:
-        base, _ = chosen.compose(config_name, _lines(chosen), config_dir)
+        base, _ = chosen.compose(config_name, _lines(picked), config_dir)
     except FAULTS as e:
         return _of_file(e, config_dir)
     for o in asked:
-        if o in chosen or o.is_hydra_override():  # Hydra's own keys are not in a composed configuration
+        if o in picked or o.is_hydra_override():  # Hydra's own keys are not in a composed configuration
             continue
         wrong = explain_override(o, base, groups, config_dir)
         if wrong:
