@@ -166,9 +166,7 @@ class ModelSection:
     trust_remote_code: bool = False  # run code that a model repository ships
     checkpointing: bool = False  # recompute activations in the backward pass
     packing: bool = True  # share prompts and drop padding inside a forward
-    kernels: list[str] = field(
-        default_factory=list
-    )  # faster ways to compute the same, each compared at the start: flex | flash | liger | compile
+    kernels: list[str] = field(default_factory=list)  # compared with the plain path: flex | flash | liger | compile
     chat_template: str = ""  # Jinja file that replaces the tokenizer's template
     lora: LoraSection = field(default_factory=LoraSection)
 

@@ -21,6 +21,7 @@ from rlhf_cli.wiring import make_run
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 ROWS = 8  # two prompts, four responses each
 LORA = "model.lora.r=2"
+FORWARD = PolicyHead.forward
 NO_KL = "updates.policy.kl=null"
 
 
@@ -64,12 +65,12 @@ def passes(comm: Comm, monkeypatch: pytest.MonkeyPatch, *words: str, varied: int
     )
     OmegaConf.update(cfg, "hardware", resolve_hardware(cfg), merge=True)
     run, parts = make_run(cfg, comm, Silent())
-    policy, seen, forward = parts.engines["policy"].module, [], PolicyHead.forward
+    policy, seen = parts.engines["policy"].module, []
 
     def counted(self: PolicyHead, ids: Any, *args: Any) -> Any:
         off = any(getattr(m, "disable_adapters", False) is True for m in self.modules())
         seen.append(Pass(len(ids), self is policy, torch.is_grad_enabled(), bool(cfg.model.lora.r) and not off))
-        return forward(self, ids, *args)
+        return FORWARD(self, ids, *args)
 
     def forwarded(self: PolicyHead, **inputs: Any) -> Any:
         inputs.setdefault("allowed", None)

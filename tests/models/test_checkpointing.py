@@ -15,7 +15,7 @@ from rlhf_cli.wiring import prepare
 
 
 def trained(adapters: bool, checkpointing: bool, packed: bool) -> tuple[Any, dict[str, Any], int]:
-    """The loss, every gradient, and how often a layer's gated part ran."""
+    """The loss, every gradient, and how often a layer's gated part began."""
     packing.register()
     model = tiny_causal(0, torch.float32)
     if adapters:
@@ -26,8 +26,8 @@ def trained(adapters: bool, checkpointing: bool, packed: bool) -> tuple[Any, dic
     prepare(model, checkpointing=checkpointing)
     head, exp, calls = PolicyHead(model, temperature=1.0, packing=packed), ragged(), []
     for name, m in model.named_modules():
-        if name.endswith("layers.0.mlp"):
-            m.register_forward_hook(lambda *_: calls.append(1))
+        if name.endswith("layers.0.mlp"):  # counted where it begins: the second pass stops once it has what is missing
+            m.register_forward_pre_hook(lambda *_: calls.append(1))
     outs = head(**stage_inputs(exp, torch.arange(len(exp))), want=frozenset({"logp"}))
     weights = torch.randn(outs["logp"].shape, generator=torch.Generator().manual_seed(0))
     loss = (weights * outs["logp"]).sum()
