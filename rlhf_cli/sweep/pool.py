@@ -139,8 +139,10 @@ def work(
         if not running:
             return
         time.sleep(TICK)
-        if wish.count != told:
-            told = wish.count
+        if told < min(
+            wish.count, 2
+        ):  # one at a time: two signals of one moment must not kill before anything was asked to save
+            told += 1
             for r in running.values():
                 r.stop() if told == 1 else r.kill()
         look(running)

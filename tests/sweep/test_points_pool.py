@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
 from rlhf_cli.errors import ConfigError
-from rlhf_cli.sweep.pool import Share, shares
+from rlhf_cli.sweep.pool import Running, Share, Wish, shares, work
 
 
 @pytest.fixture
@@ -41,3 +44,25 @@ def test_too_many_for_the_gpus(machine: None) -> None:
         shares(3, "cuda", 2)
     with pytest.raises(ConfigError, match=r"sweep.parallel=0: wanted 1 or more"):
         shares(0, "cpu", 0)
+
+
+def test_two_signals_of_one_moment_ask_before_they_kill() -> None:
+    """Both come between two looks: the point is asked to stop, and only at a later look it is killed."""
+    wish, told, ended = Wish(), [], []
+
+    class Noted(Running):
+        def stop(self) -> None:
+            told.append("stop")
+
+        def kill(self) -> None:
+            told.append("kill")
+            super().kill()
+
+    def begin(share: Share) -> Running:
+        wish(signal.SIGINT, None)
+        wish(signal.SIGTERM, None)
+        return Noted("a", subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]), {})
+
+    looks: list[list[str]] = []
+    work(begin, lambda r, code: ended.append(code), lambda running: looks.append([*told]), [Share()], wish)
+    assert looks[:2] == [["stop"], ["stop", "kill"]] and ended == [-signal.SIGKILL]
