@@ -82,8 +82,9 @@ def _askers(cfg: Any) -> Iterator[tuple[str, Any]]:
 
 def _flag(cfg: Any, node: Mapping[str, Any], key: str, flag: str) -> bool:
     one = {**node, "path": ""} if "path" in node else node  # it may be a list: a member for each
+    reserved = OWN if key == "environment" else RESERVED
     try:
-        signature, _ = check_node(one, key, allow=cfg.allow_targets, reserved=(*RESERVED, *OWN))
+        signature, _ = check_node(one, key, allow=cfg.allow_targets, reserved=reserved)
     except ConfigError:
         return False  # the planner says what is wrong
     return bool(signature.flags.get(flag))

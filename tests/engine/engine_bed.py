@@ -15,6 +15,7 @@ from torch import Tensor
 from rlhf_cli.engine.comm import Comm, start
 from rlhf_cli.engine.deepspeed import DeepSpeedEngine, Setup
 from rlhf_cli.engine.following import Follower
+from rlhf_cli.engine.masters import MasterEngine
 from rlhf_cli.models import packing
 from rlhf_cli.models.heads import PolicyHead
 from rlhf_cli.objectives import dpo, ppo_clip
@@ -78,6 +79,8 @@ def weights(e: DeepSpeedEngine) -> dict[str, Tensor]:
 
 def offloaded(e: DeepSpeedEngine) -> list[str]:
     """Where DeepSpeed says that optimizer state and parameters are, if not on the device."""
+    if isinstance(e.engine, MasterEngine):
+        return []
     return [str(x.device) for x in (e.engine.zero_offload_optimizer(), e.engine.zero_offload_param()) if x is not None]
 
 
