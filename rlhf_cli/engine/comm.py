@@ -8,7 +8,7 @@ import random
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from datetime import timedelta
 from typing import Any
 
@@ -93,12 +93,15 @@ def start(device: torch.device, timeout: float = 1800) -> Comm:
     with _quiet_compilers():
         import deepspeed
 
+        # It asks once what can be compiled, and keeps a copy of stderr's descriptor, which must not be that of the run's log.
+        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+            compatible = deepspeed.ops.__compatible_ops__
     # DeepSpeed's own calls, which no user can change.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     for name in ("DeepSpeed", "deepspeed"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # Its shared-memory all-reduce for CPUs is compiled at first use, which takes half a minute and a C++ compiler; gloo needs neither.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    compatible["deepspeed_shm_comm"] = False
     lone = not {"RANK", "MASTER_PORT"} <= os.environ.keys()
     if lone:
         os.environ |= {
