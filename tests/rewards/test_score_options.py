@@ -25,7 +25,7 @@ ROWS: list[dict[str, Any]] = [
 RULE = ["judge.backend=rule"]
 SETTINGS = {  # what an option needs besides its name
     **{n: [f"reward.{n}.path=tiny:1"] for n in ("attributes", "intent", "model", "perplexity", "principles", "sentiment")},
-    **{n: RULE for n in ("judge", "judge_anchor", "judge_listwise", "judge_pairwise", "judge_pivot", "mpo", "oni", "pair_verdict")},
+    **{n: RULE for n in ("judge", "judge_anchor", "judge_listwise", "judge_pairwise", "judge_pivot", "mpo", "oni", "pair_verdict", "sql_judge")},
     "ensemble": ["reward.ensemble.path=[tiny:1,tiny:2]", "combine=min"],
     "implicit": ["reward.implicit.path=tiny:1", "reward.implicit.reference=tiny:2"],
     "regex": ["reward.regex.pattern=.*"],
@@ -44,7 +44,8 @@ MISSING = {  # option -> why every response is missing
     "intent": "map it with dataset.columns.meta.intent", "levels": "no reference holds an answer",
     "levels_knights": "no reference holds an answer", "pair_verdict": "map it with dataset.columns.meta.better",
     "ranking_verdict": "map it with dataset.columns.meta.gold", "scores_verdict": "map it with dataset.columns.meta.better",
-    "sql_execution": "map dataset.columns.meta.database", "sql_partial": "map dataset.columns.meta.database",
+    "sql_execution": "map dataset.columns.meta.database", "sql_judge": "map dataset.columns.meta.database",
+    "sql_partial": "map dataset.columns.meta.database",
 }  # fmt: skip
 
 
