@@ -7,14 +7,14 @@ cd "$(dirname "$0")/.."
 rlhf=.venv/bin/rlhf
 METHODS=${METHODS:-reinforce,reinforce_pp,reinforce_pp_baseline,rloo,remax,ppo,ppo_shared,grpo,dr_grpo,dapo,gspo,gspo_token,cispo}
 SEEDS=${SEEDS:-1,2,3}
-STEPS=${STEPS:-24}
+STEPS=${STEPS:-12}
 PARALLEL=${PARALLEL:-2}
 NAME=${NAME:-base-methods}
 # A term without weight loads the reference and shows the KL of every method.
 monitor="+objective@updates.policy.monitor.objective=kl_k1 +reduce@updates.policy.monitor.reduce=token_mean updates.policy.monitor.coef=0"
 # 8 x 4 responses a step for all, whatever a recipe's own batch; ReMax adds a greedy one per prompt, DAPO the rollouts it throws away.
 "$rlhf" train -m "algo=$METHODS" "seed=$SEEDS" "sweep.name=$NAME" "sweep.parallel=$PARALLEL" "steps=$STEPS" \
-    batch.prompts=8 batch.samples=4 checkpoint.every=0 checkpoint.export=false tracker=none $monitor "$@"
+    batch.prompts=8 batch.samples=4 optim.lr=2e-5 checkpoint.every=0 checkpoint.export=false tracker=none $monitor "$@"
 sweep=runs/sweeps/$NAME
 baseline=baseline=algo=${BASELINE:-grpo}
 "$rlhf" compare "$sweep" "$baseline" "csv=$sweep/reward.csv"                # held-out reward, with time and tokens
