@@ -200,7 +200,6 @@ class HardwareSection:
     """Processes, precision and memory."""
 
     device: str = "auto"  # auto | cpu | cuda
-    nodes: int = 1  # machines; ranks = nodes x processes
     processes: int = 0  # ranks on this machine; 0: one per accelerator, or one
     nodes: int = 1  # machines; ranks = nodes x processes
     hostfile: str = ""  # file of machines, NAME slots=N a line, this one first; ssh starts the others

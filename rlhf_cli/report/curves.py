@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,22 @@ def draw(configurations: Sequence[Configuration], metric: str, path: Path) -> No
     """Write a picture: one row of panels per reward; left the metric, right the reward of training, by step."""
     figures = figure_class("plot", path)
     shown = [c for c in configurations if c.runs]
-    rewards = list(dict.fromkeys(reward_of(c) for c in shown))
     metrics = list(dict.fromkeys((metric, "score/mean")))
     metrics = [m for m in metrics if any(r.series(m) for c in shown for r in c.runs)]
+    figure, panels, lines = drawn(figures, shown, metrics, _curve)
+    for panel in panels[-1]:
+        panel.set_xlabel("step")
+    several = max(len(c.runs) for c in shown) > 1 if shown else False
+    note = "line: mean over seeds; band: their range" if several else "one seed each"
+    legend(figure, lines, note)
+    save(figure, "plot", path)
+
+
+def drawn(
+    figures: Any, shown: Sequence[Configuration], metrics: Sequence[str], line: Callable[..., Any]
+) -> tuple[Any, Any, dict[str, Any]]:
+    """A figure, its panels [rewards, metrics], and a line for each name: `line(panel, configuration, metric, style)` draws one."""
+    rewards = list(dict.fromkeys(reward_of(c) for c in shown))
     size = (5.2 * len(metrics), 3.2 * len(rewards) + 0.15 * len(shown) + 0.4)
     figure = figures(figsize=size, layout="constrained")
     panels = figure.subplots(len(rewards), len(metrics), squeeze=False, sharex=True)
@@ -32,15 +45,15 @@ def draw(configurations: Sequence[Configuration], metric: str, path: Path) -> No
         for panel, name in zip(row, metrics, strict=True):
             prepared(panel, name, f"reward={reward}" if len(rewards) > 1 else "")
             for c in (x for x in shown if reward_of(x) == reward):
-                lines[names[id(c)]] = _curve(panel, c, name, style_of(order.index(names[id(c)])))
-    for panel in panels[-1]:
-        panel.set_xlabel("step")
-    several = max(len(c.runs) for c in shown) > 1 if shown else False
-    note = "line: mean over seeds; band: their range" if several else "one seed each"
+                lines[names[id(c)]] = line(panel, c, name, style_of(order.index(names[id(c)])))
+    return figure, panels, lines
+
+
+def legend(figure: Any, lines: Mapping[str, Any], note: str) -> None:
+    """Name the lines below the panels."""
     figure.legend(
         lines.values(), lines.keys(), loc="outside lower center", ncols=min(2, len(lines)), frameon=False, title=note
     )
-    save(figure, "plot", path)
 
 
 def figure_class(word: str, path: Path) -> Any:

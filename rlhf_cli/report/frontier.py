@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.report.configurations import Configuration
-from rlhf_cli.report.curves import figure_class, name_of, prepared, reward_of, save, smooth, style_of
+from rlhf_cli.report.curves import drawn, figure_class, legend, save, smooth
 from rlhf_cli.report.numbers import RunFiles
 
 KL = "hack/kl"
@@ -49,25 +49,12 @@ def draw(configurations: Sequence[Configuration], metric: str, path: Path) -> li
         raise ConfigError(
             f"frontier={path}: no finished run logged {KL}, the KL from the reference; it is there where a KL term or shaping=kl reads one"
         )
-    rewards = list(dict.fromkeys(reward_of(c) for c in shown))
     metrics = [m for m in dict.fromkeys((metric, TRAINING)) if any(curve(c.runs, m) for c in shown)]
-    size = (5.2 * len(metrics), 3.2 * len(rewards) + 0.15 * len(shown) + 0.4)
-    figure = figures(figsize=size, layout="constrained")
-    panels = figure.subplots(len(rewards), len(metrics), squeeze=False, sharex=True)
-    names = {id(c): name_of(c, several_rewards=len(rewards) > 1) for c in shown}
-    order = list(dict.fromkeys(names.values()))
-    lines = {}
-    for row, reward in zip(panels, rewards, strict=True):
-        for panel, name in zip(row, metrics, strict=True):
-            prepared(panel, name, f"reward={reward}" if len(rewards) > 1 else "")
-            for c in (x for x in shown if reward_of(x) == reward):
-                lines[names[id(c)]] = _line(panel, c, name, style_of(order.index(names[id(c)])))
+    figure, panels, lines = drawn(figures, shown, metrics, _line)
     _axis(panels)
     several = max(len(c.runs) for c in shown) > 1
     note = "line: mean over seeds, dot: last step; thin: each seed" if several else "one seed each; dot: last step"
-    figure.legend(
-        lines.values(), lines.keys(), loc="outside lower center", ncols=min(2, len(lines)), frameon=False, title=note
-    )
+    legend(figure, lines, note)
     save(figure, "frontier", path)
     return [c for c in done if c not in shown]
 

@@ -12,7 +12,7 @@ from rlhf_cli import standins
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.models.loading import tiny_reward_model
 from rlhf_cli.models.tiny import tiny_tokenizer
-from rlhf_cli.rewards.model import Model
+from rlhf_cli.rewards.model import Model, read
 from rlhf_cli.rewards.per_sample import Row, scored
 from rlhf_cli.types import Sample, Scores
 
@@ -87,7 +87,7 @@ class Classifier(Model):
         found = numbers.get(name, names.get(name))
         if found is None:
             known = ", ".join(dict.fromkeys([*names, *numbers]))
-            raise ConfigError(f"reward.classifier.label: {self.folder} has no label {name!r}; it has {known}")
+            raise ConfigError(f"label: {self.folder} has no label {name!r}; it has {known}")
         return found
 
     def _ids(self, sample: Sample) -> list[int]:
@@ -98,27 +98,9 @@ class Classifier(Model):
 def load_labels(folder: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """A classifier with a trained head, and its tokenizer, which cuts on the left."""
     seed = standins.seed_of(folder)
-    if seed is not None:
-        model, tokenizer = tiny_reward_model(seed, dtype, TINY_LABELS), tiny_tokenizer()
+    if seed is None:
+        model, tokenizer = read(folder, dtype)
     else:
-        model, tokenizer = _read(folder, dtype)
+        model, tokenizer = tiny_reward_model(seed, dtype, TINY_LABELS).requires_grad_(False), tiny_tokenizer()
     tokenizer.truncation_side = "left"
-    return model.eval().requires_grad_(False), tokenizer
-
-
-def _read(folder: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"reward.classifier.path: {folder} cannot be loaded: {' '.join(str(e).split())[:200]}") from e
-    if info["missing_keys"]:
-        absent = ", ".join(sorted(info["missing_keys"])[:3])
-        raise ConfigError(
-            f"reward.classifier.path: {folder} lacks the weights {absent}; a random head would score at random"
-        )
     return model, tokenizer

@@ -53,9 +53,7 @@ class Model:
         dtype: precision of weights and forward
         """
         if batch_size < 1 or max_tokens < 2:
-            raise ConfigError(
-                f"reward.model: batch_size={batch_size}, max_tokens={max_tokens} are not allowed; type larger numbers"
-            )
+            raise ConfigError(f"batch_size={batch_size}, max_tokens={max_tokens} are not allowed; type larger numbers")
         self.folder = resolve(path)
         self.render, self.batch_size, self.max_tokens = render, batch_size, max_tokens
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -121,9 +119,7 @@ class Model:
     def _template(self, turns: Sequence[Mapping[str, str]], response: str) -> tuple[list[int], list[int]]:
         tok = self.tokenizer
         if tok.chat_template is None:
-            raise ConfigError(
-                f"reward.model.render=template: {self.folder} has no chat template; type reward.model.render=turn"
-            )
+            raise ConfigError(f"render=template: {self.folder} has no chat template; take render=turn")
         whole = tok.apply_chat_template([*turns, {"role": "assistant", "content": response}], tokenize=False)
         ids = tok(whole, add_special_tokens=False)["input_ids"]
         keep = len(tok(response, add_special_tokens=False)["input_ids"]) + 1
@@ -134,28 +130,28 @@ def resolve(path: str) -> str:
     """The folder, or Hub id, that holds the model's weights; a run stands for its export."""
     if not path:
         raise ConfigError(
-            "reward.model.path is empty; type reward.model.path=RUN (or a Hugging Face folder, or a Hub id)"
+            "the path of a reward model is empty; give it a run of algo=reward_model, a Hugging Face folder or a Hub id"
         )
     if standins.seed_of(path) is not None:
         return path
     folder = Path(path).expanduser()
     if not folder.exists():
         if path.startswith((".", "~", "/")) or path.count(os.sep) != 1:
-            raise ConfigError(f"reward.model.path: no folder {path!r} in {Path.cwd()}; type reward.model.path=RUN")
+            raise ConfigError(
+                f"path={path}: no such folder in {Path.cwd()}; give a run, a Hugging Face folder or a Hub id"
+            )
         return path
     folder = folder / "export" if (folder / "export").is_dir() else folder
     if (folder / "adapter_config.json").exists():
-        raise ConfigError(
-            f"reward.model.path: {folder} holds only a LoRA adapter; export it with model.lora.merge_export=true"
-        )
+        raise ConfigError(f"path={folder}: it holds only a LoRA adapter; export it with model.lora.merge_export=true")
     if not (folder / "config.json").is_file():
         raise ConfigError(
-            f"reward.model.path: {folder} has neither config.json nor export/; give a finished run of algo=reward_model"
+            f"path={folder}: it has neither config.json nor export/; give a finished run of algo=reward_model"
         )
     kinds = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or []
     if not any(k.endswith("ForSequenceClassification") for k in kinds):
         raise ConfigError(
-            f"reward.model.path: {folder} is a {', '.join(kinds) or 'model of unknown kind'}, "
+            f"path={folder}: it is a {', '.join(kinds) or 'model of unknown kind'}, "
             "not a ...ForSequenceClassification; train one with algo=reward_model"
         )
     return str(folder)
@@ -171,6 +167,17 @@ def load_classifier(folder: str, dtype: torch.dtype, outputs: int = 1) -> tuple[
     seed = standins.seed_of(folder)
     if seed is not None:
         return tiny_reward_model(seed, dtype, outputs).requires_grad_(False), tiny_tokenizer()
+    model, tokenizer = read(folder, dtype)
+    if model.config.num_labels != outputs:
+        wanted = "a reward model has one" if outputs == 1 else f"heads names {outputs}"
+        raise ConfigError(f"path={folder}: it has {model.config.num_labels} outputs; {wanted}")
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"path={folder}: its tokenizer has no end token; set eos_token in its tokenizer_config.json")
+    return model, tokenizer
+
+
+def read(folder: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """A frozen classifier with a trained head, and its tokenizer."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     try:
@@ -179,17 +186,8 @@ def load_classifier(folder: str, dtype: torch.dtype, outputs: int = 1) -> tuple[
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     except (OSError, ValueError) as e:
-        raise ConfigError(f"reward.model.path: {folder} cannot be loaded: {' '.join(str(e).split())[:200]}") from e
-    if model.config.num_labels != outputs:
-        wanted = "a reward model has one" if outputs == 1 else f"heads names {outputs}"
-        raise ConfigError(f"reward.model.path: {folder} has {model.config.num_labels} outputs; {wanted}")
+        raise ConfigError(f"path={folder}: it cannot be loaded: {' '.join(str(e).split())[:200]}") from e
     if info["missing_keys"]:
         absent = ", ".join(sorted(info["missing_keys"])[:3])
-        raise ConfigError(
-            f"reward.model.path: {folder} lacks the weights {absent}; a random head would score at random"
-        )
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(
-            f"reward.model.path: the tokenizer of {folder} has no end token; set eos_token in its tokenizer_config.json"
-        )
+        raise ConfigError(f"path={folder}: it lacks the weights {absent}; a random head would score at random")
     return model.eval().requires_grad_(False), tokenizer

@@ -61,7 +61,7 @@ def test_a_long_text_loses_its_beginning() -> None:
 def test_refusals() -> None:
     with pytest.raises(ConfigError) as e:
         make(label="positive")(SAMPLES, GROUP)
-    assert str(e.value).startswith("reward.classifier.label: tiny:3 has no label 'positive'; it has ")
+    assert str(e.value).startswith("label: tiny:3 has no label 'positive'; it has ")
     found = make(label="meta.mood")([Sample("a", "b")], GROUP[:1])
     assert found.missing is not None and found.missing.tolist() == [True]
     assert found.reasons == {0: "its record has no mood: map it with dataset.columns.meta.mood"}
