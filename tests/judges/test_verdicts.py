@@ -95,6 +95,7 @@ def scored_pair(a: float, b: float) -> str:
         (scored_pair(9, 2), "B", 0.0),
         (scored_pair(5, 5), "A", 0.0),
         (scored_pair(11, 2), "A", -1.0),
+        (scored_pair(10**400, 2), "A", -1.0),  # no float holds it
         ("A is better", "A", -1.0),
     ],
 )
