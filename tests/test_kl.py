@@ -76,8 +76,8 @@ def test_no_overflow_and_exact_up_to_twenty() -> None:
     assert d.grad[2].item() == pytest.approx(1 - 178482300.96, rel=1e-6)
 
 
-def test_only_three_names() -> None:
-    assert sorted(ESTIMATORS) == ["k1", "k2", "k3"]
+def test_only_these_names() -> None:
+    assert sorted(ESTIMATORS) == ["k1", "k1_positive", "k2", "k3"]
     with pytest.raises(KeyError, match="k4"):
         estimate(torch.zeros(1), "k4")  # type: ignore[arg-type]
 

@@ -109,9 +109,9 @@ REFUSED = {
     "type reward=[a,b] with one more",
     ("reward=mpo", "judge.backend=rule", "shaping=par"): "reward.mpo changes while the policy trains, and the responses of the initial policy "
     "that it is compared with were scored before the first step; choose shaping and combine options that compare with none, or another reward",
-    ("reward=[bleu,oni]", "judge.backend=rule", "combine.center=reference"): plan_reward.STALE.format(key="reward.oni"),
+    ("reward=[bleu,oni]", "judge.backend=rule", "combine=min", "combine.center=reference"): plan_reward.STALE.format(key="reward.oni"),
     ("reward=[bleu,self]", "+shaping@reward.self.shaping=lsc"): plan_reward.STALE.format(key="reward.self"),
-    (TWO, "+shaping@reward.bleu.shaping=tanh", "combine.scale=reference"): "combine.scale=reference divides by the spread of raw rewards, and "
+    (TWO, "+shaping@reward.bleu.shaping=tanh", "combine=min", "combine.scale=reference"): "combine.scale=reference divides by the spread of raw rewards, and "
     "reward.bleu has shapers of its own; type combine.scale=batch",
     ("reward=ensemble",): "reward.ensemble.path is empty; type 'reward.ensemble.path=[RUN,RUN]'",
     ("reward=ensemble", "reward.ensemble.path=[]"): "reward.ensemble.path is empty; type 'reward.ensemble.path=[RUN,RUN]' with as many as there are members",
@@ -134,7 +134,7 @@ def test_a_reward_that_changes_is_fine_where_nothing_compares_with_it() -> None:
     for words in (
         ["+shaping@reward.bleu.shaping=par"],
         ["shaping=par", "reward.oni.weight=0"],
-        ["combine.scale=batch"],
+        ["combine=min", "combine.scale=batch"],
     ):
         assert validate(config("reward=[bleu,oni]", "judge.backend=rule", *words))
 

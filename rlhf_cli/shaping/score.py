@@ -117,7 +117,8 @@ def length_penalty(score: Tensor, mask: Tensor, *, rate: float, free: int, most:
         free: length without penalty, tokens
         most: tokens beyond `free` that count at most; null: all of them
     """
-    return score - rate * (mask.sum(-1) - free).clamp(min=0).to(score.dtype).clamp(max=most)
+    counted = (mask.sum(-1) - free).clamp(min=0).to(score.dtype)
+    return score - rate * (counted if most is None else counted.clamp(max=most))
 
 
 def relative_length(score: Tensor, mask: Tensor, group: Tensor, *, factor: float, correct: float) -> Tensor:
