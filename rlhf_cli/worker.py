@@ -161,6 +161,7 @@ class Session:
         self.comm.barrier()
         if self.lead:
             checkpoint.commit(aside, step, self.cfg.checkpoint.keep)
+            self._begun()
         self.comm.barrier()
 
     def _resume(self) -> int:
@@ -189,18 +190,17 @@ class Session:
         return self._at
 
     def _find(self) -> tuple[str | None, list[str]]:
-        if self.cfg.resume not in ("auto", "never"):
-            problem = checkpoint.verify(Path(self.cfg.resume))
-            if problem:
-                raise ConfigError(
-                    f"resume={self.cfg.resume}: {problem}; type resume=auto for the newest valid checkpoint"
-                )
-            folder = Path(self.cfg.resume)
-            return str(folder), checkpoint.set_aside_after(self.rundir.checkpoints, checkpoint.step_of(folder))
-        if self.cfg.resume == "never":
-            return None, []
-        path, notes = checkpoint.newest_valid(self.rundir.checkpoints)
+        """Where to begin. What was asked for counts once: a later start goes on with the line that this one begins."""
+        own = self.rundir.checkpoints
+        path, notes = checkpoint.starting_point(own, self.cfg.resume)
+        if path is None or checkpoint.is_in(path, own):  # another run's is needed again until there is one of this run
+            self._begun()
         return (str(path) if path else None), notes
+
+    def _begun(self) -> None:
+        if self.cfg.resume != "auto":
+            self.cfg.resume = "auto"
+            self.rundir.save_config(self._plain_config())
 
     def _restore_rng(self, folder: Path) -> None:
         path = folder / f"rng-rank-{self.comm.rank}.json"

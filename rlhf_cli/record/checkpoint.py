@@ -87,6 +87,32 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     return None, []
 
 
+def starting_point(folder: Path, asked: str) -> tuple[Path | None, list[str]]:
+    """Where a run begins, and what to say: the newest valid checkpoint (auto), none (never), or the folder that was asked for.
+
+    On purpose everything that belongs to the line that is left is set aside, so that no later start takes it.
+    """
+    if asked == "auto":
+        return newest_valid(folder)
+    if asked == "never":
+        return None, set_aside_after(folder, -1)
+    path = Path(asked)
+    problem = verify(path)
+    if problem:
+        raise ConfigError(f"resume={asked}: {problem}; type resume=auto for the newest valid checkpoint")
+    return path, set_aside_after(folder, step_of(path) if is_in(path, folder) else -1)
+
+
+def is_in(path: Path, folder: Path) -> bool:
+    """Whether a checkpoint is one of this run's own."""
+    return path.resolve().parent == folder.resolve()
+
+
+def any_in(folder: Path) -> bool:
+    """Whether there is a checkpoint to go on from, valid or not."""
+    return bool(_checkpoints(folder))
+
+
 def verify(path: Path) -> str | None:
     """What is wrong with a checkpoint, in a few words, or None."""
     try:
@@ -111,7 +137,7 @@ def step_name(step: int) -> str:
 
 
 def set_aside_after(folder: Path, step: int) -> list[str]:
-    """Rename checkpoints later than `step`, which a resume from it abandons, and say so: no later resume takes them."""
+    """Rename checkpoints later than `step` (-1: all), which a start from it abandons, and say so: no later resume takes them."""
     notes = []
     for path in _checkpoints(folder):
         if _step(path) > step:
@@ -119,7 +145,8 @@ def set_aside_after(folder: Path, step: int) -> list[str]:
             while (aside := folder / f"discarded-{n}-{path.name.lstrip('.')}").exists():
                 n += 1
             os.rename(path, aside)
-            notes.append(f"checkpoint {path.name} is later than the resumed step {step}; set aside as {aside.name}")
+            left = f"is later than the resumed step {step}" if step >= 0 else "belongs to the line that is left"
+            notes.append(f"checkpoint {path.name} {left}; set aside as {aside.name}")
     return notes
 
 

@@ -142,6 +142,21 @@ def test_later_checkpoints_are_set_aside_when_an_older_one_is_resumed(tmp_path: 
     assert checkpoint.newest_valid(tmp_path)[0] == tmp_path / "step-000010"
 
 
+def test_a_start_asked_for_sets_aside_all_that_it_leaves(tmp_path: Path) -> None:
+    own, other = three(tmp_path / "a"), three(tmp_path / "b")
+    assert checkpoint.starting_point(own, "auto") == (own / "step-000030", [])
+    path, notes = checkpoint.starting_point(own, str(own / "step-000020"))
+    assert path == own / "step-000020" and len(notes) == 1
+    assert checkpoint.any_in(own)
+    path, notes = checkpoint.starting_point(own, str(other / "step-000020"))
+    assert path == other / "step-000020" and not checkpoint.any_in(own), "its own are of another line, earlier ones too"
+    assert notes[0] == "checkpoint step-000020 belongs to the line that is left; set aside as discarded-1-step-000020"
+    assert checkpoint.starting_point(other, "never")[0] is None
+    assert sorted(p.name for p in other.iterdir()) == [f"discarded-1-step-0000{s}" for s in (10, 20, 30)]
+    with pytest.raises(ConfigError, match=r"resume=gone: manifest.json is missing; type resume=auto"):
+        checkpoint.starting_point(own, "gone")
+
+
 def test_several_writers_between_begin_and_commit(tmp_path: Path) -> None:
     aside = checkpoint.begin(tmp_path, 5)
     for rank in range(3):
