@@ -119,6 +119,7 @@ class Session:
 
     def _asked(self) -> bool:
         """Whether a signal asked any rank to stop."""
+        self.record.heartbeat.beat()
         asked = self.comm.any(bool(self.stop.signal))
         if asked and not self.stop.signal:
             self.stop.signal = "another rank's signal"

@@ -26,6 +26,7 @@ from rlhf_cli.engine.masters import MasterEngine
 from rlhf_cli.errors import ConfigError, GateError
 from rlhf_cli.inject import call, needs
 from rlhf_cli.models.heads import stage_inputs
+from rlhf_cli.pulse import alive
 from rlhf_cli.types import COLUMNS, Experience, Update
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -166,6 +167,7 @@ class DeepSpeedEngine:
         for name, p in self.engine.module.named_parameters():
             with deepspeed.zero.GatheredParameters([p]) if self.stage == 3 else nullcontext():
                 yield name, p.detach()
+            alive()
         yield from self.engine.module.named_buffers()
 
     def save(self, folder: Path) -> dict[str, Any]:
@@ -177,6 +179,7 @@ class DeepSpeedEngine:
             whole = {}
             for name, p in self.trained.items():
                 value = self._read(p, part)
+                alive()
                 if self.comm.rank == 0:
                     whole[name] = value.detach().cpu().contiguous()
             if self.comm.rank == 0:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.errors import ConfigError
+from rlhf_cli.pulse import alive
 from rlhf_cli.record.files import sync_folder, write_json_atomic
 
 VERSION = 1
@@ -182,6 +183,7 @@ def _measure(path: Path) -> dict[str, Any]:
     """Size and hash of a file, after it reached the disk."""
     with path.open("rb") as f:
         os.fsync(f.fileno())
+    alive()
     return {"size": path.stat().st_size, "sha256": _sha256(path)}
 
 

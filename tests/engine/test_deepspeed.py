@@ -244,7 +244,11 @@ def test_extra_keys_are_merged_deep() -> None:
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
     out = tmp_path_factory.mktemp("two_ranks")
+    if AsyncIOBuilder().is_compatible(verbose=False):
+        AsyncIOBuilder().load(verbose=False)  # compiled once on a machine, which takes minutes that no rank should wait
     root = BED.parents[2]
     env = {k: v for k, v in os.environ.items() if k not in LAUNCHER}
     env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(root), env.get("PYTHONPATH", "")])}

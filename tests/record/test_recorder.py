@@ -165,7 +165,7 @@ def test_other_ranks_write_nothing_but_beat(tmp_path: Path) -> None:
     assert isinstance(quiet, Quiet)
     quiet.start({}, None)
     with quiet.phase("update"):
-        assert beat._beat[1] == "update"
+        assert beat._phase == "update"
     quiet.step(0, experience(), {})
     quiet.note("x")
     quiet.evaluation(0, {})
