@@ -22,6 +22,7 @@ from rlhf_cli.config import build, load_config
 from rlhf_cli.engine.comm import Comm, seed_all, start
 from rlhf_cli.engine.memory import keep_freed_memory, out_of_memory
 from rlhf_cli.errors import ConfigError, GateError
+from rlhf_cli.exits import DONE, GATE, STOPPED, WRONG_INPUT
 from rlhf_cli.launch.stop import Stop
 from rlhf_cli.loop import train
 from rlhf_cli.plan import HEADS
@@ -40,7 +41,6 @@ from rlhf_cli.rollout.builtin import decoding_of
 from rlhf_cli.types import Run
 from rlhf_cli.wiring import Parts, make_run
 
-PREEMPTED = 75  # exit status: stopped by a signal after a checkpoint; start it again to go on
 SAMPLES_PER_STEP = 8
 
 
@@ -341,7 +341,7 @@ def _watched(rundir: RunDir, stop: Stop, rank: int, output: Both | None) -> int:
     if rank == 0 and ended == "preempted":
         text = f"stopped by {stop.signal} after {session._at} steps; go on with: rlhf resume {rundir.path}"
         print(text, flush=True)
-    return PREEMPTED if ended == "preempted" else 0
+    return STOPPED if ended == "preempted" else DONE
 
 
 def _plainly(e: BaseException, run: Path) -> BaseException:
@@ -391,7 +391,7 @@ def entry(rundir: RunDir, stop: Stop) -> int:
         return main(rundir, stop)
     except (ConfigError, GateError) as e:
         print(f"rlhf: error: {' '.join(hide_secrets(str(e)).split())}", file=sys.stderr, flush=True)
-        return 3 if isinstance(e, GateError) else 2
+        return GATE if isinstance(e, GateError) else WRONG_INPUT
 
 
 if __name__ == "__main__":

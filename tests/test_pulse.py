@@ -46,7 +46,9 @@ def test_a_long_phase_that_gets_on_is_not_silent(tmp_path: Path) -> None:
 
 
 def test_every_decoding_step_is_a_sign_of_life(beats: list[int]) -> None:
-    made = Sampler(tiny_causal(0, torch.float32), tiny_tokenizer(), Decoding(max_tokens=5, min_tokens=5, rows=2), device="cpu")
+    made = Sampler(
+        tiny_causal(0, torch.float32), tiny_tokenizer(), Decoding(max_tokens=5, min_tokens=5, rows=2), device="cpu"
+    )
     made.sample([[5, 6]], 2, [1, 2])
     assert len(beats) == 5
 

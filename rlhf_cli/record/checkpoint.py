@@ -64,7 +64,9 @@ def commit(aside: Path, step: int, keep: int) -> Path:
     for inner in {p.parent for p in aside.rglob("*")}:
         sync_folder(inner)
     if final.exists():
-        os.rename(final, folder / f".old-{final.name}-{os.getpid()}")
+        old = folder / f".old-{final.name}-{os.getpid()}"
+        shutil.rmtree(old, ignore_errors=True)  # of a process that was killed here and had the same number
+        os.rename(final, old)
     os.rename(aside, final)
     sync_folder(folder)
     _prune(folder, step, keep)
@@ -104,14 +106,14 @@ def starting_point(folder: Path, asked: str) -> tuple[Path | None, list[str]]:
     return path, set_aside_after(folder, step_of(path) if is_in(path, folder) else -1)
 
 
+def newest_step(folder: Path) -> int:
+    """The step of the newest checkpoint, valid or not; -1 where there is none."""
+    return max(map(_step, _checkpoints(folder)), default=-1)
+
+
 def is_in(path: Path, folder: Path) -> bool:
     """Whether a checkpoint is one of this run's own."""
     return path.resolve().parent == folder.resolve()
-
-
-def any_in(folder: Path) -> bool:
-    """Whether there is a checkpoint to go on from, valid or not."""
-    return bool(_checkpoints(folder))
 
 
 def verify(path: Path) -> str | None:

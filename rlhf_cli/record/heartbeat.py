@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TextIO
 
 from rlhf_cli import pulse
+from rlhf_cli.exits import STOPPED
 from rlhf_cli.record.files import write_json_atomic
-from rlhf_cli.record.rundir import RunDir, now
+from rlhf_cli.record.rundir import RunDir, born, now
 
-EXIT = 75  # EX_TEMPFAIL: worth another try
 WRITE_EVERY = 10.0  # seconds between files while the phase stays; a change of phase is written within POLL
 POLL = 1.0
 DUMP_TIME = 0.5  # seconds that a process gets to write its stacks
@@ -157,7 +157,7 @@ class Heartbeat:
             time.sleep(3 * POLL)  # they must have seen the file before
             with suppress(Exception):  # the exit matters more
                 wake(self.file.parent, self.rank, self.ranks)
-        os._exit(EXIT)
+        os._exit(STOPPED)
 
     def _dump(self, reason: str, out: TextIO | None) -> None:
         try:
@@ -165,16 +165,6 @@ class Heartbeat:
             faulthandler.dump_traceback(file=out, all_threads=True)  # type: ignore[arg-type]
         except (OSError, ValueError, AttributeError):  # no file behind the stream; the exit matters more
             return
-
-
-def born(pid: int) -> int:
-    """When a process began, in ticks since the machine did, which tells it from a later one of the same number; -1: unknown or over."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return -1
-    state, *fields = text.rpartition(")")[2].split()
-    return -1 if state == "Z" else int(fields[18])
 
 
 def wake(logs: Path, rank: int, ranks: int) -> list[int]:

@@ -109,7 +109,7 @@ def test_a_resumed_record_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     whole.start({}, None)
     whole.evaluation(0, {"reward": 0.0})
     steps(whole, 0, 6)
-    whole.done()
+    whole.finish("finished")
 
     killed = recorder(tmp_path / "b")
     killed.start({}, None)
