@@ -58,8 +58,8 @@ class DeepSpeedEngine:
         self.moved = False  # the last step changed weights
         self._finite: list[Tensor] = []
         trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        # Without ZeRO, DeepSpeed's bf16 would accumulate gradients in bf16. Its stage 1 keeps them in fp32, by copies of all of them.
-        own = setup.bf16 and setup.zero == 0 and setup.offload == "none" and not setup.extra
+        # Without ZeRO, DeepSpeed's bf16 would accumulate gradients in bf16; its stage 1 keeps them in fp32, by copies of all of them.
+        own = setup.zero == 0 and setup.offload == "none" and not setup.extra
         self.stage = 1 if setup.bf16 and setup.zero == 0 and not own else setup.zero
         if own:
             self.engine: Any = MasterEngine(module, partial(_adamw, setup), setup.clip, comm.world)
