@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import re
 import sqlite3
 import threading
@@ -65,6 +66,7 @@ def run(connection: sqlite3.Connection, query: str, limits: Limits) -> Result:
 def _forget() -> None:
     _made.cache_clear()
     _opened.cache_clear()
+    gc.collect()  # a connection and its statements hold each other
 
 
 def _run(connection: sqlite3.Connection, query: str, limits: Limits) -> Result:
