@@ -82,18 +82,6 @@ class References:
         return self.scores[name]
 
 
-def scores_by_uid(lines: Iterable[Line], weights: Mapping[str, float]) -> dict[str, list[float]]:
-    """Prompt -> the weighted sum of the sources for each of its responses; responses that lack one are left out.
-
-    What a choice of the hardest prompts needs: those with the smallest mean.
-    """
-    found: dict[str, list[float]] = {}
-    for line in lines:
-        rows = zip(*([(w, x) for x in line["scores"][n]] for n, w in weights.items() if w), strict=True)
-        found[line["uid"]] = [sum(w * x for w, x in row) for row in rows if all(x is not None for _, x in row)]
-    return found
-
-
 @dataclass
 class Prepass:
     """Makes the file, or goes on with it, or reads that of another run.

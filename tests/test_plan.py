@@ -102,6 +102,16 @@ def test_what_is_loaded_follows_from_the_columns(
             ["algo=dpo", "batch.samples=1"],
             "select: best_vs_worst compares the responses to one prompt, and batch.samples=1; type batch.samples=4 or more",
         ),
+        (
+            ["algo=dapo", "reward=[bleu,length]", "select.metric=lenght"],
+            "select.metric=lenght: no such reward; there are bleu, length; did you mean 'length'?; one that is only judged: "
+            "reward=[a,b] reward.b.weight=0 select.metric=b",
+        ),
+        (
+            ["experiment=trpa", "reward=bleu"],
+            "updates.policy.preference.objective: trpa needs best; a reward with levels brings it: type reward=levels, "
+            "or reward=levels_knights",
+        ),
         (["rollout.min_tokens=9", "rollout.max_tokens=8"], "rollout.min_tokens=9 is above rollout.max_tokens=8"),
         (
             ["model.lora.r=8", "model.reference=other/model"],

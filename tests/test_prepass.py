@@ -13,7 +13,7 @@ from rlhf_cli.data.record import Record
 from rlhf_cli.engine.comm import Comm
 from rlhf_cli.errors import ConfigError, GateError
 from rlhf_cli.models.tiny import tiny_tokenizer
-from rlhf_cli.prepass import FILE, Prepass, References, fingerprint, read, refuse, scores_by_uid
+from rlhf_cli.prepass import FILE, Prepass, References, fingerprint, read, refuse
 from rlhf_cli.rollout.choose import Decoding
 from rlhf_cli.rollout.sampler import Rollout
 from rlhf_cli.types import Sample, Scores
@@ -95,15 +95,6 @@ def test_lookup_by_prompt_with_missing_scores(tmp_path: Path) -> None:
         assert found.length[row].tolist() == [2, 2, 2]
     with pytest.raises(GateError, match="holds no responses to the prompt 'other'"):
         made.references().lookup([Sample("", "", uid="other")], ["a"])
-
-
-def test_hardest_prompts_from_the_file() -> None:
-    lines = [
-        {"uid": "x", "scores": {"a": [1.0, None, 3.0], "b": [2.0, 2.0, 0.0]}},
-        {"uid": "y", "scores": {"a": [None], "b": [1.0]}},
-    ]
-    assert scores_by_uid(lines, {"a": 1.0, "b": 0.5}) == {"x": [2.0, 3.0], "y": []}
-    assert scores_by_uid(lines, {"a": 0.0, "b": 1.0}) == {"x": [2.0, 2.0, 0.0], "y": [1.0]}
 
 
 def test_spread_is_around_the_prompts_mean() -> None:
