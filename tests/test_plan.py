@@ -352,6 +352,12 @@ def test_a_reward_that_loads_a_model_is_named_whatever_its_key() -> None:
     assert "reward.bleu" not in validate(compose("train", [], None)).models
 
 
+def test_rto_plans_with_any_reward_and_its_critic_then_starts_from_the_policy() -> None:
+    cfg = config("experiment=rto", "reward=bleu", "frozen.dpo.path=x")
+    assert validate(cfg).learners == {"policy": "policy", "critic": "value"} and cfg.learners.critic.path == ""
+    assert config("experiment=rto", "reward.model.path=runs/rm").learners.critic.path == "runs/rm"
+
+
 def test_the_batch_counts_what_is_drawn() -> None:
     from rlhf_cli.report.planned import describe
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from rlhf_cli import prepass
+from rlhf_cli.checks import check_numbers
 from rlhf_cli.compose import compose
 from rlhf_cli.data.record import Record
 from rlhf_cli.engine.comm import Comm
@@ -95,6 +96,28 @@ def test_lookup_by_prompt_with_missing_scores(tmp_path: Path) -> None:
         assert found.length[row].tolist() == [2, 2, 2]
     with pytest.raises(GateError, match="holds no responses to the prompt 'other'"):
         made.references().lookup([Sample("", "", uid="other")], ["a"])
+
+
+def test_the_prepass_may_be_drawn_otherwise_than_the_training(tmp_path: Path) -> None:
+    words = ["experiment=bleuberi", "model=tiny_random", "rollout.temperature=0.9"]
+    cfg = compose("train", words, None)
+    asked: list[Decoding] = []
+
+    class Watched(Echo):
+        def sample(self, prompts: Any, k: int, seeds: Any, decoding: Any, done: Any = None) -> Rollout:
+            asked.append(decoding)
+            return super().sample(prompts, k, seeds, decoding, done)
+
+    made = make(tmp_path, drawing=prepass.drawing(cfg))
+    made.sampler = Watched()
+    go(made)
+    assert [(d.temperature, d.top_p, d.max_tokens) for d in asked] == [(0.7, 0.9, 2)]
+    assert fingerprint(cfg)["decoding"]["temperature"] == 0.7
+    plain = compose("train", [*words, "prepass.temperature=null", "prepass.top_p=null"], None)
+    assert prepass.drawing(plain) == {} and fingerprint(plain)["decoding"]["temperature"] == 0.9
+    for word, said in (("temperature=0", "must be above 0; null"), ("top_p=1.5", "must be above 0 and at most 1")):
+        with pytest.raises(ConfigError, match=f"^prepass.{word}(.0)?: {said}"):
+            check_numbers(compose("train", [*words, f"prepass.{word}"], None))
 
 
 def test_spread_is_around_the_prompts_mean() -> None:

@@ -194,9 +194,14 @@ ROWS = [
     Row(
         "one rollout, clip 0.2 of a response's ratio",
         (
-            "algo=grpo", "objective@updates.policy.surrogate.objective=sequence_ratio_clip", "updates.policy.surrogate.reduce=null",
-            "updates.policy.kl=null", "batch.epochs=300", "credit=group_mean", "shaping=none",
-        ),  # fmt: skip
+            "algo=grpo",
+            "objective@updates.policy.surrogate.objective=sequence_ratio_clip",
+            "updates.policy.surrogate.reduce=null",
+            "updates.policy.kl=null",
+            "batch.epochs=300",
+            "credit=group_mean",
+            "shaping=none",
+        ),
         one_rollout(Rule(2, centred), 0.2, 0.2, whole=True),
         "P(0) P(1) = 0.8 x 0.21: the last force to end is that which takes from 01 and 10, worse than 11",
         (MANY_UPDATES,),
