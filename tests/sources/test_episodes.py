@@ -173,7 +173,7 @@ def test_one_turn_and_one_candidate_are_learnt_as_by_plain_ppo(sampler: Sampler)
 class Says:
     """A policy that writes a profile of nothing, and asks, in every turn."""
 
-    tokenizer, eos = tiny_tokenizer(), (257,)
+    tokenizer, eos, decoding = tiny_tokenizer(), (257,), Decoding()
 
     def sample(self, prompts: Any, k: int, seeds: Any, decoding: Any) -> Rollout:
         text = "<profile>\n- nothing\n</profile>\n\n<response>\nSo, what else?\n</response>"
