@@ -79,7 +79,7 @@ def _candidates(verb: str, config: str, before: list[str], word: str, config_dir
     if verb in ("resume", "eval", "generate", "runs", "logs", "cancel") and not before and "=" not in word:
         yield from _folders(word or "runs/")
     if verb == "compare":
-        yield from ("baseline=", "metric=", "csv=", "plot=", "frontier=")
+        yield from ("baseline=", "metric=", "also=", "csv=", "plot=", "frontier=")
         yield from _folders(word or "runs/")
     yield from {"train": ["--print-sbatch"], "runs": ["--watch"], "logs": ["-f", "rank="]}.get(verb, [])
     if verb == "list":

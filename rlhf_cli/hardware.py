@@ -25,7 +25,7 @@ def resolve_hardware(cfg: Any, *, here: bool = True) -> dict[str, Any]:
     if precision == "auto":
         precision = "bf16" if device == "cuda" or _cpu_has("amx_bf16") else "fp32"
     threads = cfg.hardware.threads or max(1, len(os.sched_getaffinity(0)) // processes)
-    budget = cfg.hardware.micro_batch_tokens or (16384 if device == "cuda" else 1024)
+    budget = cfg.hardware.micro_batch_tokens or (16384 if device == "cuda" else _group_tokens(cfg))
     return {
         "device": device,
         "processes": processes,
@@ -33,6 +33,12 @@ def resolve_hardware(cfg: Any, *, here: bool = True) -> dict[str, Any]:
         "threads": threads,
         "micro_batch_tokens": budget,
     }
+
+
+def _group_tokens(cfg: Any) -> int:
+    """A micro-batch on a CPU: the largest group whole, since every part of a cut one reads its prompt again; 1024 to 2048."""
+    longest = cfg.dataset.max_prompt_tokens + cfg.batch.samples * cfg.rollout.max_tokens
+    return min(2048, max(1024, longest))
 
 
 def reward_processes(cfg: Any) -> int:

@@ -37,9 +37,14 @@ def k3(d: Tensor) -> Tensor:
     return bounded_exp(-d) - 1 + d.clamp(-LIMIT, LIMIT)
 
 
-ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
+def k1_positive(d: Tensor) -> Tensor:
+    """max(0, d): biased upward, never negative. Sun et al., "SALMON", arXiv:2310.05910, in its authors' code."""
+    return d.clamp(min=0)
 
 
-def estimate(d: Tensor, kind: Literal["k1", "k2", "k3"]) -> Tensor:
+ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {"k1": k1, "k1_positive": k1_positive, "k2": k2, "k3": k3}
+
+
+def estimate(d: Tensor, kind: Literal["k1", "k1_positive", "k2", "k3"]) -> Tensor:
     """The estimator called `kind` at log-ratio d = log pi - log ref, elementwise."""
     return ESTIMATORS[kind](d)

@@ -163,6 +163,19 @@ def wants(cfg: Any) -> Wants:
     )
 
 
+def compared(cfg: Any) -> list[Node]:
+    """The rewards that count and whose values are compared with those of a prepass."""
+    rule_, columns = cfg.combine or {}, {"ref_scores", CANNED}
+    every = "reference" in (rule_.get("center"), rule_.get("scale")) or any(
+        columns & set(sig.columns) for _, sig in _stages(cfg)
+    )
+    return [
+        n
+        for n in reward_nodes(cfg)
+        if any(n.sources.values()) and (every or any(columns & set(sig.columns) for _, sig in shapers(cfg, n)))
+    ]
+
+
 def drawn(cfg: Any) -> int:
     """How many responses to a prompt the prepass draws: none where a canned answer is all that is compared with."""
     return int(cfg.prepass.samples) if wants(cfg).references or cfg.dataset.hardest else 0
@@ -185,6 +198,7 @@ def check(cfg: Any) -> None:
         for key, sig in shapers(cfg, node):
             _check_shaper(key, sig)
     _check_detectors(cfg.detectors, [n.name for n in nodes])
+    _check_compared(cfg)
     if wants(cfg).canned and not cfg.prepass.canned.strip():
         raise ConfigError(
             "prepass.canned is empty, and shaping=lsc_canned compares with its rewards; type prepass.canned='I cannot help with that.'"
@@ -209,6 +223,23 @@ def check_metric(cfg: Any) -> None:
             f"select.metric={metric}: no such reward; there are {', '.join(names)}{nearest(metric, names)}; one that is only judged: "
             "reward=[a,b] reward.b.weight=0 select.metric=b"
         )
+
+
+STALE = (
+    "{key} changes while the policy trains, and the responses of the initial policy that it is compared with were scored before the first "
+    "step; choose shaping and combine options that compare with none, or another reward"
+)
+
+
+def _check_compared(cfg: Any) -> None:
+    """What is compared with references must be what they were scored by, and in their units."""
+    for node in compared(cfg):
+        if check_node(node.settings, node.key, allow=cfg.allow_targets, reserved=RESERVED)[0].flags.get("moves"):
+            raise ConfigError(STALE.format(key=node.key))
+        if slot(node) and (cfg.combine or {}).get("scale") == "reference":
+            raise ConfigError(
+                f"combine.scale=reference divides by the spread of raw rewards, and {node.key} has shapers of its own; type combine.scale=batch"
+            )
 
 
 def _check_detectors(d: Any, names: list[str]) -> None:

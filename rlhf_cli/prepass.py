@@ -302,6 +302,14 @@ def _append(path: Path, lines: Iterable[Line]) -> None:
         os.fsync(f.fileno())
 
 
+def _refuse_memory(cfg: Any, scorer: Scorer) -> None:
+    """A reward with a memory, as a function of the user may have, scores the references by another one than the steps."""
+    parts = getattr(scorer, "scorers", {})
+    for node in plan_reward.compared(cfg):
+        if node.name in parts and hasattr(parts[node.name][1], "state_dict"):
+            raise ConfigError(plan_reward.STALE.format(key=node.key))
+
+
 def make_prepass(
     cfg: Any,
     records: Sequence[Record],
@@ -313,6 +321,7 @@ def make_prepass(
     rest: Callable[[], None],
 ) -> Prepass:
     """From the configuration."""
+    _refuse_memory(cfg, scorer)
     given = bool(cfg.prepass.path)
     own = (folder or Path(cfg.run.dir) / cfg.run.name) / FILE
     k = plan_reward.drawn(cfg)

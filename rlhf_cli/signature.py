@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -61,8 +62,9 @@ def signature(target: str) -> Signature:
     doc = ast.get_docstring(node) or ""
     marks = dict(_decorators(node))
     if isinstance(node, ast.ClassDef):
-        columns, params = _of_class(node)
-        doc += "\n" + next((ast.get_docstring(n) or "" for n in node.body if _is_init(n)), "")
+        init = _init_of(node, found)
+        columns, params = _of_class(node, init)
+        doc += "\n" + ((ast.get_docstring(init) or "") if init else "")
     else:
         columns, params = _of_function(node)
     return Signature(
@@ -104,8 +106,11 @@ def _parsed(path: Path) -> dict[str, ast.FunctionDef | ast.ClassDef]:
     return {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
 
 
-def _is_init(node: ast.AST) -> bool:
-    return isinstance(node, ast.FunctionDef) and node.name == "__init__"
+def _init_of(node: ast.ClassDef, found: Mapping[str, ast.FunctionDef | ast.ClassDef]) -> ast.FunctionDef | None:
+    """A class's own `__init__`, or that of a base in its module."""
+    own = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
+    bases = [b for x in node.bases if isinstance(x, ast.Name) and isinstance(b := found.get(x.id), ast.ClassDef)]
+    return own or next((i for b in bases if (i := _init_of(b, found)) is not None), None)
 
 
 def _decorators(node: ast.FunctionDef | ast.ClassDef) -> list[tuple[str, tuple[Any, ...]]]:
@@ -123,12 +128,14 @@ def _of_function(node: ast.FunctionDef) -> tuple[tuple[str, ...], list[tuple[str
     return columns, [(x.arg, x.annotation, d) for x, d in zip(a.kwonlyargs, a.kw_defaults, strict=True)]
 
 
-def _of_class(node: ast.ClassDef) -> tuple[tuple[str, ...], list[tuple[str, ast.expr | None, ast.expr | None]]]:
+def _of_class(
+    node: ast.ClassDef, init: ast.FunctionDef | None
+) -> tuple[tuple[str, ...], list[tuple[str, ast.expr | None, ast.expr | None]]]:
     methods = {n.name: n for n in node.body if isinstance(n, ast.FunctionDef)}
     columns = _of_function(methods["__call__"])[0] if "__call__" in methods else ()
     columns = () if columns[:1] == ("samples",) else columns  # a scorer's call takes texts, not columns
-    if "__init__" in methods:
-        return columns, _of_function(methods["__init__"])[1]
+    if init is not None:
+        return columns, _of_function(init)[1]
     fields = [n for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
     return columns, [(n.target.id, n.annotation, n.value) for n in fields if isinstance(n.target, ast.Name)]
 

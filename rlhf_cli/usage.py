@@ -93,7 +93,7 @@ VERBS: dict[str, Verb] = {
     ),
     "compare": Verb(
         "compare runs or the points of a sweep, seeds collapsed",
-        "rlhf compare DIR|RUN ... [baseline=NAME|SETTINGS] [metric=NAME] [csv=FILE] [plot=FILE] [frontier=FILE]",
+        "rlhf compare DIR|RUN ... [baseline=NAME|SETTINGS] [metric=NAME] [also=NAME,...] [csv=FILE] [plot=FILE] [frontier=FILE]",
         (
             "rlhf compare runs/sweeps/NAME baseline=algo=grpo",
             "rlhf compare runs/first runs/second metric=score/mean csv=table.csv plot=curves.png",
@@ -101,7 +101,8 @@ VERBS: dict[str, Verb] = {
         more="""\
   DIR holds runs or is a sweep. Runs that differ only in their seed are one row; unfinished runs are named, not counted.
   baseline          a run's name, or settings that its row has; default: the first row of each reward
-  metric            a number of evaluations.jsonl or metrics.jsonl; default: eval/reward, else score/mean""",
+  metric            a number of evaluations.jsonl or metrics.jsonl; default: eval/reward, else score/mean
+  also              more of them, whose means stand beside""",
     ),
     "merge": Verb(
         "average the weights of two fine-tunes of one base model",

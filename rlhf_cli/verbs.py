@@ -206,6 +206,8 @@ def score_report(cfg: Any) -> tuple[ScoreReport, list[dict[str, Any]]]:
     scorer = wiring.make_scorer(cfg)
     if scorer is None:
         raise ConfigError("score: no reward; type reward=bleu (rlhf list reward)")
+    if any(getattr(part, "asks_policy", False) for _, part in scorer.scorers.values()):
+        wiring.attended(scorer, _sampler(cfg, cfg.model, _device(cfg)), cfg)
     records = _responses(cfg)
     wiring.require_references(scorer, records)
     samples: list[Sample] = [sample_of(r, text) for r in records for text in r.responses]

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every base method on SmolLM2-135M with the default reward: same prompts, same number of sampled tokens, three seeds; then one table per number.
+# Every base method on SmolLM2-135M with the default reward: same prompts, same number of sampled tokens, three seeds; then one table.
 # Usage: scripts/compare_methods.sh [SETTING=VALUE ...]     type it again after an interruption: what is finished is skipped
 # METHODS, SEEDS, STEPS, PARALLEL and NAME in the environment change what runs; the defaults take under 3 hours on two cores.
 set -euo pipefail
@@ -17,6 +17,5 @@ monitor="+objective@updates.policy.monitor.objective=kl_k1 +reduce@updates.polic
     batch.prompts=8 batch.samples=4 optim.lr=2e-5 checkpoint.every=0 checkpoint.export=false tracker=none $monitor "$@"
 sweep=runs/sweeps/$NAME
 baseline=baseline=algo=${BASELINE:-grpo}
-"$rlhf" compare "$sweep" "$baseline" "csv=$sweep/reward.csv"                # held-out reward, with time and tokens
-"$rlhf" compare "$sweep" "$baseline" metric=eval/tokens                     # length of held-out responses
-"$rlhf" compare "$sweep" "$baseline" metric=policy/kl "csv=$sweep/kl.csv"   # nats per token from the reference, at the last step
+# held-out reward with its interval, what each method costs, KL in nats per token from the reference at the last steps, and the length of held-out responses
+"$rlhf" compare "$sweep" "$baseline" also=policy/kl,eval/tokens "csv=$sweep/reward.csv"

@@ -110,6 +110,24 @@ def test_maxmin_takes_the_worst_mean_and_not_the_worst_of_each_row() -> None:
     assert c.maxmin(rows, ONES[:2], temperature=1.0).tolist() == pytest.approx([w, 0.8 * (1 - w)])
 
 
+@pytest.mark.parametrize(("middle", "best"), [(0.52, 0.52), (0.45, 0.4706)])
+def test_maxmin_finds_the_best_worst_case_of_a_bandit(middle: float, best: float) -> None:
+    """Users like arms by (1, m, 0) and (.1, m, .8). The mean picks arm 1, whose worst user has .1. At m = .52 arm 2 is best; at .45
+    the mixture p, 1 - p of arms 1 and 3 at p = .1 p + .8 (1 - p), p = .8 / 1.7. A minimum in each row would give .45.
+    """
+    likes = torch.tensor([[1.0, 0.1], [middle, middle], [0.0, 0.8]], dtype=torch.float64)
+    logits, mean = torch.zeros(2, 3, dtype=torch.float64)
+    for step in range(1, 401):
+        p = logits.softmax(0)
+        score = c.maxmin(3 * p[:, None] * likes, ONES[:2], temperature=0.0) / (
+            3 * p
+        )  # rows whose mean is the expectation
+        logits = logits + 2 * step**-0.5 * (score - p @ score)  # an exact policy gradient step
+        mean = mean + p / 200 if step > 200 else mean
+    assert likes.mean(-1).argmax() == 0
+    assert float((mean @ likes).min()) == pytest.approx(best, abs=0.01)
+
+
 def test_maxmin_over_records_has_the_worst_groups_mean() -> None:
     rows, labels = torch.tensor([[1.0], [0.5], [0.2]], dtype=torch.float64), torch.tensor([0, 0, 1])
     out = c.maxmin_records(rows, ONES[:1], labels, by_meta="team", temperature=0.0)

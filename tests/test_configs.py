@@ -52,6 +52,7 @@ REQUIRED = {
     "http": "reward.http.url=http://127.0.0.1:8000/score",
     "ensemble": "reward.ensemble.path=[RUN,OTHER]",
     "attributes": "reward.attributes.path=FOLDER",
+    "robust_heads": "reward.robust_heads.path=FOLDER",
     "implicit": "+debug.stand_ins=true",
     "python": "reward.python.path=mine.py:score",
     "regex": "reward.regex.pattern=x",

@@ -14,10 +14,16 @@ P = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)  # the policy
 Q = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)  # the reference
 
 
-@pytest.mark.parametrize(("kind", "value"), [("k1", 0.5), ("k2", 0.125), ("k3", 0.106531)])
+@pytest.mark.parametrize(("kind", "value"), [("k1", 0.5), ("k1_positive", 0.5), ("k2", 0.125), ("k3", 0.106531)])
 def test_value(kind: str, value: float) -> None:
     # logp -1.0, ref -1.5: d = 0.5; d^2/2 = 0.125; e^-0.5 - 1 + 0.5 = 0.606531 - 0.5
     assert estimate(torch.tensor(0.5), kind).item() == pytest.approx(value, abs=1e-6)
+
+
+def test_the_positive_part_is_biased_upward() -> None:
+    # d = ln 3, ln .6, ln(1/3): only the first counts, .6 ln 3 = 0.659167 > KL = 0.396058
+    assert estimate(torch.tensor(-0.5), "k1_positive").item() == 0.0
+    assert (P * estimate((P / Q).log(), "k1_positive")).sum().item() == pytest.approx(0.659167, abs=1e-6)
 
 
 @pytest.mark.parametrize(("kind", "value"), [("k1", 0.396058), ("k2", 0.461574), ("k3", 0.396058)])
@@ -70,8 +76,8 @@ def test_no_overflow_and_exact_up_to_twenty() -> None:
     assert d.grad[2].item() == pytest.approx(1 - 178482300.96, rel=1e-6)
 
 
-def test_only_three_names() -> None:
-    assert sorted(ESTIMATORS) == ["k1", "k2", "k3"]
+def test_only_these_names() -> None:
+    assert sorted(ESTIMATORS) == ["k1", "k1_positive", "k2", "k3"]
     with pytest.raises(KeyError, match="k4"):
         estimate(torch.zeros(1), "k4")  # type: ignore[arg-type]
 

@@ -260,6 +260,13 @@ def test_auto_hardware_without_a_gpu(no_gpu: None, monkeypatch: pytest.MonkeyPat
     found = resolve_hardware(config())
     assert found == {"device": "cpu", "processes": 1, "precision": "fp32", "threads": 6, "micro_batch_tokens": 1024}
     assert resolve_hardware(config("hardware.processes=4"))["threads"] == 1
+    for words, tokens in (
+        (["rollout.max_tokens=128"], 1536),
+        (["rollout.max_tokens=512"], 2048),
+        (["rollout.max_tokens=8"], 1024),
+    ):
+        found = resolve_hardware(config("batch.samples=8", "dataset.max_prompt_tokens=512", *words))
+        assert found["micro_batch_tokens"] == tokens  # 512 + 8 x 128 is a whole group
     monkeypatch.setattr(hardware, "_cpu_has", lambda flag: flag == "amx_bf16")
     assert resolve_hardware(config())["precision"] == "bf16"
     assert resolve_hardware(config("hardware=cpu"))["precision"] == "fp32"

@@ -107,6 +107,12 @@ REFUSED = {
     (TWO, "combine=lagrangian", "combine.thresholds.lenght=1"): "combine.thresholds.lenght: no such reward; there are bleu, length; did you mean 'length'?",
     ("combine=lagrangian", "combine.thresholds.bleu=1"): "combine.thresholds bounds every reward, and none is left to maximise; "
     "type reward=[a,b] with one more",
+    ("reward=mpo", "judge.backend=rule", "shaping=par"): "reward.mpo changes while the policy trains, and the responses of the initial policy "
+    "that it is compared with were scored before the first step; choose shaping and combine options that compare with none, or another reward",
+    ("reward=[bleu,oni]", "judge.backend=rule", "combine=min", "combine.center=reference"): plan_reward.STALE.format(key="reward.oni"),
+    ("reward=[bleu,self]", "+shaping@reward.self.shaping=lsc"): plan_reward.STALE.format(key="reward.self"),
+    (TWO, "+shaping@reward.bleu.shaping=tanh", "combine=min", "combine.scale=reference"): "combine.scale=reference divides by the spread of raw rewards, and "
+    "reward.bleu has shapers of its own; type combine.scale=batch",
     ("reward=ensemble",): "reward.ensemble.path is empty; type 'reward.ensemble.path=[RUN,RUN]'",
     ("reward=ensemble", "reward.ensemble.path=[]"): "reward.ensemble.path is empty; type 'reward.ensemble.path=[RUN,RUN]' with as many as there are members",
     ("reward=implicit", "reward.implicit.path=A"): "reward.implicit.reference is empty; type reward.implicit.reference=RUN",
@@ -122,6 +128,15 @@ def test_refusals(words: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError) as e:
         validate(config(*words))
     assert str(e.value) == REFUSED[words]
+
+
+def test_a_reward_that_changes_is_fine_where_nothing_compares_with_it() -> None:
+    for words in (
+        ["+shaping@reward.bleu.shaping=par"],
+        ["shaping=par", "reward.oni.weight=0"],
+        ["combine=min", "combine.scale=batch"],
+    ):
+        assert validate(config("reward=[bleu,oni]", "judge.backend=rule", *words))
 
 
 def test_token_rewards_that_are_read_are_fine() -> None:

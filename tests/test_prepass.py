@@ -15,6 +15,7 @@ from rlhf_cli.engine.comm import Comm
 from rlhf_cli.errors import ConfigError, GateError
 from rlhf_cli.models.tiny import tiny_tokenizer
 from rlhf_cli.prepass import FILE, Prepass, References, fingerprint, read, refuse
+from rlhf_cli.rewards.combine import Combined
 from rlhf_cli.rollout.choose import Decoding
 from rlhf_cli.rollout.sampler import Rollout
 from rlhf_cli.types import Sample, Scores
@@ -201,3 +202,14 @@ def test_a_canned_answer_is_scored_once_per_prompt_and_nothing_else_is_drawn(tmp
     ):
         refuse(header, {**header, "canned": "no"}, tmp_path / FILE)
     refuse({**HEADER, "canned": "denied"}, HEADER, tmp_path / FILE)  # a run that compares with none may use it
+
+
+def test_a_function_with_a_memory_is_no_measure_of_references(tmp_path: Path) -> None:
+    class Remembers:
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+    cfg = compose("train", ["model=tiny_random", "shaping=par", "run.name=x"], None)
+    scorer: Any = Combined({"bleu": (1.0, Remembers())})  # type: ignore[dict-item]
+    with pytest.raises(ConfigError, match=r"^reward\.bleu changes while the policy trains"):
+        prepass.make_prepass(cfg, RECORDS, [[1]] * 5, Echo(), scorer, COMM, tmp_path, lambda: None)

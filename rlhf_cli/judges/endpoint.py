@@ -21,7 +21,7 @@ PASSING = (408, 409, 425, 429)  # statuses that may pass, besides 5xx
 
 
 class Endpoint:
-    """Asks over HTTP. The key is read from the environment at every use and leaves through the Authorization header only.
+    """Asks over HTTP. The key is read from the environment at the first question and leaves through the Authorization header only.
 
     Args:
         url: base URL, such as http://127.0.0.1:8000/v1.
@@ -72,7 +72,8 @@ class Endpoint:
         try:
             reply, retries, seconds = await self.network.attempt(lambda: self._once(ask))
         except (Again, Refused) as e:
-            return Reply(error=f"the judge failed: {' '.join(self._hide(str(e)).split())[:300]}")
+            tried = self.limits.retries if isinstance(e, Again) else 0  # Again is raised after the last attempt only
+            return Reply(error=f"the judge failed: {' '.join(self._hide(str(e)).split())[:300]}", retries=tried)
         return Reply(
             self._hide(reply.text),
             tuple((self._hide(t), p) for t, p in reply.top),

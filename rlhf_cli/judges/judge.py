@@ -69,6 +69,11 @@ class Judge:
                 if key not in self._early:
                     self._early[key] = self._start(key, ask)
 
+    def forget(self, asks: Sequence[Ask]) -> None:
+        """These are needed no more, though they may have been begun: another rank scores the group, or the step was given up."""
+        for ask in asks:
+            self._early.pop(self._key(ask), None)
+
     def ask(self, asks: Sequence[Ask]) -> list[Reply]:
         """A reply to every question, in order. A question that failed has a reply with an error."""
         keys = [self._key(a) for a in asks]

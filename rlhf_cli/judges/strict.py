@@ -18,6 +18,8 @@ class Unreadable(ValueError):
     """Why a reply is no answer; the row becomes missing."""
 
 
+LEAST = -87.0  # nats: the smallest probability that a float32 holds; servers write -9999 or -inf for what lies below
+
 _FENCE = re.compile(r"```(?:json)?\s*\n(.*)\n\s*```", re.S)
 
 
@@ -93,8 +95,8 @@ def integer(value: Any, low: int, high: int, what: str = "score") -> int:
 
 
 def number(value: Any, low: float, high: float, what: str = "score") -> float:
-    """A finite number in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    """A number in [low, high]; an integer may be too large for a float."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
         raise Unreadable(f"the judge's {what} is {_short(value)}, wanted a number from {low:g} to {high:g}")
     if not low <= value <= high:
         raise Unreadable(f"the judge's {what} {_short(value)} is not from {low:g} to {high:g}")
@@ -119,24 +121,26 @@ def token_odds(reply: Reply, legal: Mapping[str, Collection[str]]) -> tuple[dict
     """Log-probability of each legal answer from the first token's alternatives, and their mass together.
 
     `legal`: answer -> the spellings that count as it, compared without blanks around. Spellings add up. An answer among
-    none of the alternatives has at most the probability of the least of them, and gets that.
+    none of the alternatives has at most the probability of the least of them, and gets that. An alternative at `LEAST` or
+    below is as good as not listed.
     """
     if reply.error:
         raise Unreadable(reply.error)
     if not reply.top:
         raise Unreadable("the judge gave no log-probabilities; its endpoint must support logprobs")
-    found = {answer: [p for token, p in reply.top if token.strip() in spellings] for answer, spellings in legal.items()}
+    top = [(token.strip(), min(0.0, max(LEAST, p))) for token, p in reply.top]
+    found = {answer: [p for token, p in top if token in spellings and p > LEAST] for answer, spellings in legal.items()}
     if not any(found.values()):
         likeliest = max(reply.top, key=lambda x: x[1])[0]
         raise Unreadable(f"the judge's first token is none of {_listed(legal)}; likeliest is {likeliest[:20]!r}")
-    floor = min(p for _, p in reply.top)
+    floor = min(p for _, p in top)
     odds = {a: _log_sum(ps) if ps else floor for a, ps in found.items()}
     return odds, sum(math.exp(p) for ps in found.values() for p in ps)
 
 
 def _log_sum(values: Sequence[float]) -> float:
     top = max(values)
-    return top if top == -math.inf else top + math.log(sum(math.exp(v - top) for v in values))
+    return top + math.log(sum(math.exp(v - top) for v in values))
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

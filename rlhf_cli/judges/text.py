@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlhf_cli.sample import Sample
 
-# What templates write around turns; a tokenizer reads them as control tokens inside a message too.
+# What templates write around turns; a tokenizer reads them as control tokens inside a message too. The bar may be full-width.
 _CONTROL = re.compile(
-    r"<\|(?=[^\s|]{1,40}\|>)|<(?=/?s>|(?:start|end)_of_turn>|bos>|eos>|pad>)|\[(?=/?INST\]|/?SYS)|<(?=</?SYS>>)"
+    r"<[|｜](?=[^\s|｜]{1,40}[|｜]>)|<(?=/?s>|(?:start|end)_of_turn>|[bes]op>|bos>|eos>|pad>)"
+    r"|\[(?=/?INST\]|/?SYS|[gs]MASK\])|<(?=</?SYS>>)"
 )
 
 GUARD = (

@@ -45,20 +45,21 @@ class Comparison:
     metric: str
     rows: list[Row]
     empty: list[RunFiles]  # points that were never started
+    also: tuple[str, ...] = ()  # other metrics, whose means stand beside
 
 
-def compare(paths: Iterable[Path], *, baseline: str = "", metric: str = "") -> Comparison:
+def compare(paths: Iterable[Path], *, baseline: str = "", metric: str = "", also: Sequence[str] = ()) -> Comparison:
     """Measure every configuration below `paths`; runs that are not finished are named and never averaged in."""
     runs = find(paths)
     configurations = group(runs)
-    chosen = shared_metric(runs, metric)
+    chosen, *others = (shared_metric(runs, m) for m in (metric, *also))
     rows = [_measure(c, chosen) for c in configurations]
     candidates = _candidates(configurations, baseline, chosen)
     for row in rows:
         row.baseline = _closest(row.configuration, candidates, chosen)
         if row.baseline is not None and row.baseline is not row.configuration:
             row.difference, row.pairs = _difference(row.configuration, row.baseline, chosen)
-    return Comparison(chosen, rows, [r for r in runs if not r.config])
+    return Comparison(chosen, rows, [r for r in runs if not r.config], tuple(others))
 
 
 # ---- numbers ----
@@ -166,8 +167,8 @@ def _closest(c: Configuration, candidates: Sequence[Configuration], metric: str)
 
 def text(found: Comparison) -> str:
     """The table, what its columns mean, and what was left out."""
-    head = ["", "seeds", "mean", "95 % interval", "difference, 95 % interval", "p", "time", "tokens"]
-    cells = [[row.configuration.label, *_cells(row)] for row in found.rows]
+    head = ["", "seeds", "mean", "95 % interval", "difference, 95 % interval", "p", "time", "tokens", *found.also]
+    cells = [[row.configuration.label, *_cells(row), *_beside(row, found.also)] for row in found.rows]
     width = min(LABEL, max((len(c[0]) for c in cells), default=0))
     sizes = [max(len(line[i]) for line in (head, *cells)) for i in range(1, len(head))]
     lines = [f"\n{found.metric}\n", _line(head, width, sizes)]
@@ -177,7 +178,7 @@ def text(found: Comparison) -> str:
 
 def _line(cells: Sequence[str], width: int, sizes: Sequence[int]) -> str:
     numbers = "  ".join(
-        c.rjust(n) if i in (1, 4, 5, 6) else c.ljust(n) for i, (c, n) in enumerate(zip(cells[1:], sizes, strict=True))
+        c.rjust(n) if i == 1 or i > 3 else c.ljust(n) for i, (c, n) in enumerate(zip(cells[1:], sizes, strict=True))
     )
     name = cells[0] if len(cells[0]) <= width else f"{cells[0]}\n  {'':<{width}}"
     return f"  {name:<{width}}  {numbers}".rstrip()
@@ -199,6 +200,12 @@ def _cells(row: Row) -> list[str]:
         against = f"{d.mean:+.4g}" if math.isnan(d.low) else f"{d.mean:+.4g} [{d.low:+.4g}, {d.high:+.4g}]"
         p = "-" if math.isnan(d.p) else "<0.001" if d.p < 0.001 else f"{d.p:.3f}"
     return [seeds, f"{v.mean:.4g}", interval, against, p, duration(row.cost("seconds")), count(row.cost("tokens"))]
+
+
+def _beside(row: Row, metrics: Sequence[str]) -> list[str]:
+    """Means of other metrics."""
+    values = [_measure(row.configuration, m).value.mean for m in metrics]
+    return ["-" if math.isnan(v) else f"{v:.4g}" for v in values]
 
 
 def _notes(found: Comparison) -> list[str]:
@@ -308,8 +315,8 @@ def _record(metric: str, row: Row, keys: Sequence[str]) -> list[Any]:
 
 
 def main(words: Sequence[str]) -> int:
-    """`rlhf compare DIR|RUN... [baseline=...] [metric=...] [csv=FILE] [plot=FILE] [frontier=FILE]`."""
-    options = {"baseline": "", "metric": "", "csv": "", "plot": "", "frontier": ""}
+    """`rlhf compare DIR|RUN... [baseline=...] [metric=...] [also=METRIC,...] [csv=FILE] [plot=FILE] [frontier=FILE]`."""
+    options = {"baseline": "", "metric": "", "also": "", "csv": "", "plot": "", "frontier": ""}
     paths = []
     for word in words:
         key, equals, value = word.partition("=")
@@ -321,7 +328,8 @@ def main(words: Sequence[str]) -> int:
             raise ConfigError(f"compare: {word}: no such folder or setting; settings: {', '.join(options)}")
     if not paths:
         raise ConfigError("compare: which runs? type rlhf compare DIR or RUN ..., e.g. rlhf compare runs/sweeps/NAME")
-    found = compare(paths, baseline=options["baseline"], metric=options["metric"])
+    also = list(filter(None, options["also"].split(",")))
+    found = compare(paths, baseline=options["baseline"], metric=options["metric"], also=also)
     print(text(found))
     written = _write(found, options)
     if written:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.rewards.encoder import device_of, folder_of
-from rlhf_cli.rewards.per_sample import Row, references_of, scored
+from rlhf_cli.rewards.per_sample import Row, groups_of, references_of, scored
 from rlhf_cli.types import Sample, Scores
 
 
@@ -76,18 +76,23 @@ class BertScore:
     @torch.no_grad()
     def __call__(self, samples: Sequence[Sample], group: Tensor) -> Scores:
         self.load()
-        usable = [i for i, s in enumerate(samples) if references_of(s) and s.response.strip()]
+        usable = {i for i, s in enumerate(samples) if references_of(s) and s.response.strip()}
         rows = [
             Row(0.0, {"precision": 0.0, "recall": 0.0, "f1": 0.0})
             if references_of(s)
             else Row(None, reason="it has no reference")
             for s in samples
         ]
-        if usable:
-            found = self.scorer.score(
-                [samples[i].response for i in usable], [list(references_of(samples[i])) for i in usable]
+        for members in groups_of(
+            group.tolist()
+        ):  # a forward never mixes groups, as its last bits follow from its shape
+            some = [i for i in members if i in usable]
+            found = (
+                self.scorer.score([samples[i].response for i in some], [list(references_of(samples[i])) for i in some])
+                if some
+                else ((), (), ())
             )
-            for i, p, r, f in zip(usable, *(x.tolist() for x in found), strict=True):
-                parts = {"precision": p, "recall": r, "f1": f}
+            for i, p, r, f in zip(some, *map(list, found), strict=True):
+                parts = {"precision": float(p), "recall": float(r), "f1": float(f)}
                 rows[i] = Row(parts[self.measure], parts)
         return scored(rows)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.rewards.per_sample import Row, scored
-from rlhf_cli.rewards.sandbox import Box, passed, printed
+from rlhf_cli.rewards.sandbox import Box, Clock, NotStarted, passed, printed
+from rlhf_cli.rewards.sandboxed import LARGEST, PRINTED, TooLong
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,16 +18,18 @@ if TYPE_CHECKING:
     from rlhf_cli.types import Scores
 
 _FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
+_CHECK = re.compile(r"^[ \t]*def check\b", re.MULTILINE)
 
 
 class CodeTests:
     """1 where the Python code of a response passes all tests of its record (or the share that it passes), else 0.
 
     The code is the last fenced block, else the whole response. `meta.tests` is a text or list of texts with assertions
-    on the code's functions, `meta.setup` what stands before each; with `meta.entry_point` a test defines check(candidate).
+    on the code's functions, `meta.setup` what stands before each; `meta.entry_point` is the function that check(candidate)
+    gets where a test defines it, and the only one that may bear a builtin's name.
     `meta.cases` is a list of {input, output} for programs that read and print. Tests run in another process than the
     code, so that printing, exiting or forging a verdict passes none; arguments and results must be plain Python data.
-    A record without tests is missing. Part `tests`: the share passed.
+    A record without tests, or with larger ones than the sandbox takes, is missing. Part `tests`: the share passed.
     See Chen et al., Evaluating Large Language Models Trained on Code, arXiv:2107.03374.
     """
 
@@ -56,11 +58,29 @@ class CodeTests:
         tests, cases = _tests(sample.meta), list(sample.meta.get("cases") or [])
         if not tests and not cases:
             return Row(None, reason="its record has no tests: map dataset.columns.meta.tests, or meta.cases")
-        code, until = code_of(sample.response), time.monotonic() + self.box.seconds
-        results = passed(code, tests, str(sample.meta.get("setup") or ""), self.box, until) if tests else []
-        results += [_right(printed(code, str(c["input"]), self.box, until), str(c["output"])) for c in cases]
-        share = sum(results) / len(results)
+        if any(len(str(c["output"])) > PRINTED for c in cases):
+            return Row(None, reason=f"its tests are too large: a program may print {PRINTED} characters")
+        try:
+            results = self._results(code_of(sample.response), tests, cases, sample.meta)
+        except NotStarted as e:
+            return Row(None, reason=str(e))
+        except TooLong:
+            results = [None]
+        if None in results:
+            return Row(
+                None,
+                reason=f"its tests are too large: all of them, an input, and an argument may take {LARGEST >> 20} MB each",
+            )
+        share = sum(map(bool, results)) / len(results)
         return Row(float(share == 1) if self.whole else share, {"tests": share})
+
+    def _results(
+        self, code: str, tests: list[str], cases: list[Mapping[str, Any]], meta: Mapping[str, Any]
+    ) -> list[bool | None]:
+        setup, entry = (str(meta.get(k) or "") for k in ("setup", "entry_point"))
+        clock = Clock(self.box.seconds)
+        results = passed(code, tests, setup, entry, self.box, clock) if tests else []
+        return results + [_right(printed(code, str(c["input"]), self.box, clock), str(c["output"])) for c in cases]
 
 
 def code_of(response: str) -> str:
@@ -72,8 +92,8 @@ def code_of(response: str) -> str:
 def _tests(meta: Mapping[str, Any]) -> list[str]:
     given = meta.get("tests") or []
     tests = [given] if isinstance(given, str) else [str(t) for t in given]
-    entry = meta.get("entry_point")
-    return [f"{t}\ncheck({entry})" for t in tests] if entry else tests
+    entry, setup = meta.get("entry_point"), str(meta.get("setup") or "")
+    return [f"{t}\ncheck({entry})" if entry and _CHECK.search(f"{setup}\n{t}") else t for t in tests]
 
 
 def _right(said: str | None, wanted: str) -> bool:

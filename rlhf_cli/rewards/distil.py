@@ -29,6 +29,11 @@ def features(texts: Sequence[str]) -> Tensor:
     return F.normalize(x, dim=-1)
 
 
+def agreed(said: Sequence[float], labels: Labels) -> float:
+    """Share of labels that were said."""
+    return sum(x == y for x, (_, y) in zip(said, labels, strict=True)) / len(labels)
+
+
 class Net(nn.Module):
     """Features to `outputs` numbers through two hidden layers, as in ONI; weights are a function of the seed."""
 
@@ -64,6 +69,10 @@ class Table:
         """Remember."""
         self.labels |= dict(new)
         return {}
+
+    def agreement(self, labels: Labels) -> float | None:
+        """Share of labels that are what the table says; None where it says nothing yet."""
+        return agreed(self.reward([item for item, _ in labels]), labels) if self.labels else None
 
     def reward(self, items: Sequence[str]) -> list[float]:
         """0 for items nobody has labelled."""
@@ -145,6 +154,10 @@ class Classifier(Learned):
         target = torch.tensor([x for _, x in rows]).round().long()
         return F.cross_entropy(self.net(features([item for item, _ in rows]), chance), target)
 
+    def agreement(self, labels: Labels) -> float | None:
+        """Share of labels that are what the net says; None before the first label."""
+        return agreed(self.reward([item for item, _ in labels]), labels) if self.data else None
+
     @torch.no_grad()
     def reward(self, items: Sequence[str]) -> list[float]:
         """Hard 0 or 1; 0 before the first label."""
@@ -176,6 +189,14 @@ class Ranker(Learned):
             self.mean += off / self.count
             self.square += off * (x - self.mean)
         return found
+
+    def agreement(self, labels: Labels) -> float | None:
+        """Share of the pairs, ties left out, whose order the net has; None before the first label and where all are ties."""
+        decided = [(split(item), x) for item, x in labels if x != 0.5]
+        if not self.data or not decided:
+            return None
+        both = self.scores([text for pair, _ in decided for text in pair])
+        return agreed([float(a > b) for a, b in zip(both[::2], both[1::2], strict=True)], [("", x) for _, x in decided])
 
     @torch.no_grad()
     def scores(self, items: Sequence[str]) -> list[float]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from rlhf_cli.data.text import render, response_ids
-from rlhf_cli.errors import ConfigError
+from rlhf_cli.errors import ConfigError, GateError
 from rlhf_cli.rewards.encoder import device_of
 from rlhf_cli.rewards.per_sample import Row, groups_of, scored
 from rlhf_cli.rewards.spans import Span, token_ends
@@ -99,13 +100,19 @@ class Implicit:
             for start in range(0, len(fits), self.batch_size):
                 rows = fits[start : start + self.batch_size]
                 terms |= zip(rows, self._terms([ids[i] for i in rows]), strict=True)
-        values = [float(terms[i].sum()) if i in terms else None for i in range(len(samples))]
-        why = f"it is longer than {self.max_tokens} tokens"
-        found = scored(Row(v, reason=why if v is None else "") for v in values)
-        if not self.token_level:
-            return found
-        spans = [span for i, t in terms.items() for span in self._spans(i, t, ids[i][1], samples[i].response)]
-        return Scores(found.value, found.missing, found.components, spans, found.reasons)
+        why = {i: f"it is longer than {self.max_tokens} tokens" for i in range(len(samples)) if i not in terms}
+        spans: list[Span] = []
+        for i, t in terms.items() if self.token_level else ():
+            try:
+                spans += self._spans(i, t, ids[i][1], samples[i].response)
+            except GateError:
+                why[i] = (
+                    "the tokenizer of reward.implicit does not give its text back, so its characters have no tokens"
+                )
+        found = scored(
+            Row(None, reason=why[i]) if i in why else Row(float(terms[i].sum())) for i in range(len(samples))
+        )
+        return replace(found, spans=spans) if self.token_level else found
 
     def _terms(self, rows: Sequence[Any]) -> list[Tensor]:
         """Each row's reward per scored token, float64."""
@@ -135,7 +142,9 @@ class Implicit:
         return (head[max(0, len(head) - room) :], tail) if room > 0 else ()
 
     def _spans(self, row: int, terms: Tensor, ids: Sequence[int], text: str) -> Iterator[Span]:
-        """The term of each token on the characters that it completes, together with those of tokens before that complete none."""
+        """Raises GateError where the tokens do not say the text.
+
+        The term of each token on the characters that it completes, together with those of tokens before that complete none."""
         at, held = 0, 0.0
         for end, value in zip(token_ends(ids[:-1], text, self.tokenizer), terms[:-1].tolist(), strict=True):
             held += value

@@ -30,6 +30,7 @@ class Asking:
     """
 
     judge: Asked | None = None
+    begun: Sequence[Ask] = ()  # since the last call
 
     def connect(self, judge: Asked) -> None:
         """Get the judge, which is tried with one question of each kind before training."""
@@ -52,13 +53,17 @@ class Asking:
     def begin(self, samples: Sequence[Sample]) -> None:
         """A group is drawn: ask about it now."""
         assert self.judge is not None, "connect gives the judge"
-        self.judge.begin(self.questions(samples))
+        asks = self.questions(samples)
+        self.begun = [*self.begun, *asks]
+        self.judge.begin(asks)
 
     def __call__(self, samples: Sequence[Sample], group: Tensor) -> Scores:
         assert self.judge is not None, "connect gives the judge"
         groups = groups_of(group.tolist())
         asked = [self.questions([samples[i] for i in members]) for members in groups]
         replies = self.judge.ask([ask for asks in asked for ask in asks])
+        self.judge.forget(self.begun)
+        self.begun = ()
         found: dict[int, Row] = {}
         at = 0
         for members, asks in zip(groups, asked, strict=True):
@@ -85,6 +90,8 @@ def reading(read: Callable[[Reply], Any], reply: Reply) -> tuple[Any, str]:
         return read(reply), ""
     except Unreadable as e:
         return None, str(e)
+    except ArithmeticError as e:  # one reply with strange numbers must not end a run
+        return None, f"the numbers of the judge's reply cannot be computed with ({type(e).__name__})"
 
 
 def text_of(value: str, key: str) -> str:

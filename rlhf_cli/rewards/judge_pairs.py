@@ -41,7 +41,7 @@ class Verdict:
 
     def probability(self) -> float:
         """Mean over orders and votes of the probability that i is better, 0.5 [P(i | i, j) + 1 - P(j | j, i)]."""
-        both = [1 / (1 + math.exp(-x)) for x in (*self.ahead, *self.behind)]
+        both = [_sigmoid(x) for x in (*self.ahead, *self.behind)]
         return sum(both) / len(both)
 
     def logit(self) -> float:
@@ -52,6 +52,11 @@ class Verdict:
 
 def _sign(x: float) -> int:
     return (x > 0) - (x < 0)
+
+
+def _sigmoid(x: float) -> float:
+    small = math.exp(-abs(x))  # never overflows
+    return (1 if x >= 0 else small) / (1 + small)
 
 
 def ask_pair(question: Compare, prompt: Sample, i: str, j: str, votes: int) -> list[Ask]:

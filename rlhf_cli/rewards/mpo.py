@@ -76,6 +76,7 @@ class Mpo(Asking):
 
     asks_judge = True
     counts_steps = True
+    moves = True  # what it gave a text earlier says nothing later
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections import Counter
@@ -28,6 +29,7 @@ Labels = list[tuple[str, float]]
 ARRIVALS = ("delayed", "ready", "sync")
 TRAINING = ("updates", "batch", "lr", "hidden", "dropout", "most_labels")
 POLL = 0.005  # seconds that arrival=ready waits
+WAITING = 10_000  # items that wait for the judge at most: their texts travel with every checkpoint
 MODELS = {"retrieval": Table, "classification": Classifier, "ranking": Ranker}
 
 
@@ -38,11 +40,13 @@ class Oni:
     items go to a background thread, which asks the judge about the newest first; at the end of a step whatever has come trains the
     model, and the next step is scored by it. Before the first label, and if the judge dies, the reward is 0. All labels are noted with
     their step (`annotations.jsonl` in the run), so that a resumed or replayed run is given them at the same steps.
-    Components: `raw` (before the count), `count`, `labelled`. Zheng et al., Online Intrinsic Rewards for Decision Making Agents from
-    Large Language Model Feedback, arXiv:2410.23022.
+    Components: `raw` (before the count), `count`; of the model that scored the step, `labelled`, `loss` (of its last minibatch),
+    `agreement` (share of the last labels that it gave before it learnt them) and `staleness` (steps since labels came).
+    See Zheng et al., Online Intrinsic Rewards for Decision Making Agents from Large Language Model Feedback, arXiv:2410.23022.
     """
 
     asks_judge = True
+    moves = True  # what it gave a text earlier says nothing later
 
     def __init__(
         self,
@@ -86,7 +90,9 @@ class Oni:
         if self.replay is not None and not self.replay.is_file():
             raise ConfigError(f"reward.oni.replay={replay}: no such file; give a run's {FILE}")
         self.step = 0
-        self.seen: dict[str, int] = {}  # item -> step at which it was first met
+        self.seen: set[str] = set()  # digests of what was met
+        self.told: dict[str, float | None] = {"loss": None, "agreement": None}
+        self.fresh = 0  # the step since which the last labels count
         self.waiting: list[str] = []  # unseen by the judge, the newest last
         self.asked: list[str] = []  # the batch under way, the newest first
         self.since = 0  # the step that asked
@@ -102,38 +108,52 @@ class Oni:
 
     def __call__(self, samples: Sequence[Sample], group: Tensor) -> Scores:
         found: dict[int, Row] = {}
+        state = {"labelled": float(self._labelled()), "staleness": float(self.step - self.fresh), **self.told}
         for rows in groups_of(group.tolist()):
             items = [canonical(samples[i].response) for i in rows]
             counts: Counter[str] = Counter()
             for i, item, raw in zip(rows, items, self.model.reward(items), strict=True):
                 counts[item] += 1
-                parts = {"raw": raw, "count": float(counts[item]), "labelled": float(self._labelled())}
+                parts = {"raw": raw, "count": float(counts[item]), **state}
                 found[i] = Row(raw / counts[item] ** self.power, parts)
         return scored(found[i] for i in range(len(samples)))
 
     def observe(self, samples: Sequence[Sample], value: Tensor, comm: Any) -> None:
         """A step is scored: push its unseen items, take the labels that are due, and learn from them; the same on every rank."""
-        new = [x for x in dict.fromkeys(canonical(s.response) for s in samples) if x and x not in self.seen]
-        self.seen |= dict.fromkeys(new, self.step)
+        new = [x for x in dict.fromkeys(canonical(s.response) for s in samples) if x and digest(x) not in self.seen]
+        self.seen |= {digest(x) for x in new}
         self.waiting += (
             [join(a, b) for a, b in zip(new[::2], new[1::2], strict=False)] if self.kind == "ranking" else new
         )
         if self.arrival == "sync":
             self._ask(comm)
         labels = self._due(comm)
-        self.model.learn(labels, self.step)
+        if labels:
+            self.told["agreement"] = self.model.agreement(labels)
+            self.fresh = self.step + 1
+        self.told |= self.model.learn(labels, self.step)
         if self.arrival != "sync":
             self._ask(comm)
+        self._leave_out()
         self.step += 1
+
+    def _leave_out(self) -> None:
+        """Of what waits too long the oldest goes; it is new again when it is met again."""
+        old, self.waiting = self.waiting[:-WAITING], self.waiting[-WAITING:]
+        self.seen -= {digest(x) for item in old for x in (split(item) if self.kind == "ranking" else (item,))}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the thread."""
-        own = {"step": self.step, "seen": self.seen, "waiting": self.waiting, "asked": self.asked, "since": self.since}
+        own = {
+            "step": self.step, "seen": sorted(self.seen), "waiting": self.waiting, "asked": self.asked, "since": self.since,
+            "told": self.told, "fresh": self.fresh,
+        }  # fmt: skip
         return json.loads(json.dumps(own)) | {"model": self.model.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on; the batch under way is asked about again."""
-        self.step, self.seen, self.waiting = int(state["step"]), dict(state["seen"]), list(state["waiting"])
+        self.step, self.seen, self.waiting = int(state["step"]), set(state["seen"]), list(state["waiting"])
+        self.told, self.fresh = dict(state["told"]), int(state["fresh"])
         self.asked, self.since = list(state["asked"]), int(state["since"])
         self.model.load_state_dict(state["model"])
 
@@ -186,6 +206,11 @@ class Oni:
 def canonical(text: str) -> str:
     """A text without regard to case and blanks."""
     return re.sub(r"\s+", " ", text.lower()).strip()
+
+
+def digest(item: str) -> str:
+    """Sixteen hexadecimal digits that stand for an item."""
+    return hashlib.blake2b(item.encode("utf-8", "replace"), digest_size=8).hexdigest()
 
 
 TASK = "You label short texts of a learning agent by this criterion:"

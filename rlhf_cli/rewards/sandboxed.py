@@ -2,23 +2,39 @@
 
 Roles: `call` executes code and answers calls of its functions; `script` runs code as a program; `grade` runs tests whose names
 stand for functions in a `call` process, so that a test's expected values and verdict are out of reach of the code that it tests.
-Values cross as literals: only plain Python data can be an argument or a result.
+Values cross as literals: only plain Python data can be an argument or a result. The first thing that a process says is whether it
+is locked; code comes after that, so that no code can have said it.
 """
 
 from __future__ import annotations
 
 import ast
+import builtins
 import ctypes
 import io
 import json
 import os
 import platform
 import resource
+import select
+import signal
 import struct
 import sys
+import time
+from collections.abc import Iterator
 from typing import Any
 
-LARGEST = 1 << 20  # bytes of one message, characters of output
+LARGEST = 1 << 22  # bytes of one message
+VALUE = LARGEST // 4  # bytes of a result, so that it fits into a message as the argument of another call
+PRINTED = LARGEST // 32  # characters of output
+CALM = (
+    signal.SIGHUP,
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)  # ask a run to stop, not its sandboxes
+OWN = frozenset(dir(builtins))  # names that mean in a test what they mean in Python
 SECCOMP_ERRNO, SECCOMP_ALLOW, SECCOMP_KILL = 0x00050000, 0x7FFF0000, 0x80000000
 EPERM, ENOSYS = 1, 38
 LOAD, EQUAL, ANY_BIT, RETURN = 0x20, 0x15, 0x45, 0x06  # BPF: load a word, jump if equal, jump if a bit is set, return
@@ -41,6 +57,9 @@ CLONE, CLONE3 = {"x86_64": 56, "aarch64": 220}, 435
 IOCTL, FCNTL, PRLIMIT = ({"x86_64": a, "aarch64": b} for a, b in ((16, 29), (72, 25), (302, 261)))
 WRITING = 0o3 | 0o100 | 0o1000 | 0o20000000  # O_WRONLY, O_RDWR, O_CREAT, O_TRUNC, O_TMPFILE
 CLONE_THREAD, TCGETS = 0x10000, 0x5401
+EXECUTE, READ_FILE, READ_DIR = 1, 1 << 2, 1 << 3  # Landlock's rights
+FOLDERS = (".", "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/nix/store")
+FILES = ("/etc/ld.so.cache", "/etc/localtime", "/dev/null", "/dev/urandom")
 FCNTL_FINE = (0, 1, 2, 3, 1030)  # duplicate, close-on-exec, read the flags
 
 
@@ -100,48 +119,80 @@ def _drop_capabilities(libc: Any) -> None:
 
 
 def _own_domain(libc: Any) -> bool:
-    """Where the kernel has Landlock: a domain, out of which no other process's memory can be read."""
-    ruleset = libc.syscall(
-        444, ctypes.c_char_p(struct.pack("Q", 1)), ctypes.c_size_t(8), 0
-    )  # handles execution, allows none
+    """Where the kernel has Landlock: a domain, out of which no other process's memory and no file but Python's own can be read."""
+    handled = EXECUTE | READ_FILE | READ_DIR
+    ruleset = libc.syscall(444, ctypes.c_char_p(struct.pack("Q", handled)), ctypes.c_size_t(8), 0)
     if ruleset < 0:
         return False
+    for path, rights in _readable():
+        try:
+            fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        except OSError:  # it is not there
+            continue
+        libc.syscall(445, ruleset, 1, ctypes.c_char_p(struct.pack("=Qi", rights, fd)), 0)
+        os.close(fd)
     done = libc.syscall(446, ruleset, 0) == 0
     os.close(ruleset)
     return done
 
 
-def receive(fd: int) -> Any:
-    """One message. Raises EOFError where the other end is gone."""
-    (size,) = struct.unpack("!I", _exactly(fd, 4))
-    if size > LARGEST:
-        raise EOFError("a message is too long")
-    return json.loads(_exactly(fd, size))
+def _readable() -> Iterator[tuple[str, int]]:
+    """What imports of the standard library need, and the empty folder; installed packages, which may hold data, are not among it."""
+    library, prefix = os.path.dirname(os.__file__), os.path.join(sys.base_prefix, "lib")
+    yield library, READ_DIR
+    for name in sorted(set(os.listdir(library)) - {"site-packages", "dist-packages"}):
+        path = os.path.join(library, name)
+        yield path, READ_FILE | READ_DIR if os.path.isdir(path) else READ_FILE
+    if os.path.isdir(prefix):
+        yield from ((os.path.join(prefix, name), READ_FILE) for name in sorted(os.listdir(prefix)) if ".so" in name)
+    yield from ((folder, READ_FILE | READ_DIR) for folder in FOLDERS)
+    yield from ((file, READ_FILE) for file in FILES)
 
 
-def send(fd: int, message: Any) -> None:
-    """One message. What is too long is an error of the sender."""
+class Gone(EOFError):
+    """The other end is gone, sends too much, or is too slow."""
+
+
+class TooLong(ValueError):
+    """A message is larger than any may be."""
+
+
+def receive(fd: int, most: int = LARGEST, until: float = float("inf")) -> Any:
+    """One message, before the monotonic clock says `until`. Raises Gone; ValueError or RecursionError where it is no JSON."""
+    (size,) = struct.unpack("!I", _exactly(fd, 4, until))
+    if size > most:
+        raise Gone("a message is too long")
+    return json.loads(_exactly(fd, size, until))
+
+
+def send(fd: int, message: Any, most: int = LARGEST) -> None:
+    """One message. Raises TooLong."""
     raw = json.dumps(message).encode()
-    if len(raw) > LARGEST:
-        raise ValueError("a value is too long")
+    if len(raw) > most:
+        raise TooLong(f"over {most} bytes")
     rest = memoryview(struct.pack("!I", len(raw)) + raw)
     while rest:
         rest = rest[os.write(fd, rest) :]
 
 
-def _exactly(fd: int, size: int) -> bytes:
+def _exactly(fd: int, size: int, until: float) -> bytes:
     found = b""
     while len(found) < size:
+        if until < float("inf"):
+            ready = select.poll()
+            ready.register(fd, select.POLLIN)
+            if not ready.poll(max(0.0, until - time.monotonic()) * 1000):
+                raise Gone("its time is up")
         part = os.read(fd, min(size - len(found), 1 << 16))
         if not part:
-            raise EOFError
+            raise Gone
         found += part
     return found
 
 
-def call(inp: int, out: int, code: str) -> None:
+def call(inp: int, out: int) -> None:
     """Execute code, tell the names of what can be called, and answer calls."""
-    names: dict[str, Any] = {"__name__": "candidate"}
+    code, names = receive(inp)["code"], {"__name__": "candidate"}
     try:
         exec(compile(code, "response", "exec"), names)
     except BaseException as e:
@@ -153,14 +204,15 @@ def call(inp: int, out: int, code: str) -> None:
         try:
             args, kwargs = ast.literal_eval(asked["args"])
             answer = {"value": repr(names[asked["name"]](*args, **kwargs))}
-            send(out, answer)
+            send(out, answer, VALUE)
         except BaseException as e:
             send(out, {"raised": type(e).__name__})
 
 
-def script(out: int, code: str, text: str) -> None:
-    """Run code as a program with `text` as its input; answer with what it prints."""
-    sys.stdin, sys.stdout = io.StringIO(text), io.StringIO()
+def script(inp: int, out: int) -> None:
+    """Run code as a program with a text as its input; answer with what it prints."""
+    code = receive(inp)["code"]
+    sys.stdin, sys.stdout = io.StringIO(receive(inp)["input"]), io.StringIO()
     sys.argv = ["program"]
     try:
         exec(compile(code, "response", "exec"), {"__name__": "__main__"})
@@ -171,7 +223,7 @@ def script(out: int, code: str, text: str) -> None:
     except BaseException as e:
         send(out, {"error": type(e).__name__})
         return
-    send(out, {"printed": sys.stdout.getvalue()[: LARGEST // 8]})
+    send(out, {"printed": sys.stdout.getvalue()[:PRINTED]})
 
 
 class Remote:
@@ -182,24 +234,33 @@ class Remote:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         send(self._out, {"name": self.__name__, "args": repr((args, kwargs))})
-        answer = receive(self._inp)
+        answer = receive(self._inp, VALUE)
         if "raised" in answer:
-            kind = getattr(__builtins__, str(answer["raised"]), None)
+            kind = getattr(builtins, str(answer["raised"]), None)
             known = isinstance(kind, type) and issubclass(kind, Exception)
             raise kind("raised by the response") if known else RuntimeError(str(answer["raised"]))
         return ast.literal_eval(answer["value"])
 
 
-def grade(asked: Any, out: int, peer_in: int, peer_out: int) -> None:
-    """Run each test in names of its own, and report under the token whether it ended without an exception."""
+def grade(asked: Any, inp: int, out: int, peer_in: int, peer_out: int) -> None:
+    """Run each test in names of its own, and report under the token whether it ended without an exception.
+
+    The response's functions stand in for names that nobody else has: a builtin's name is Python's, unless the record's
+    entry point bears it. A test whose own arguments are too long is reported as None.
+    """
+    send(peer_out, receive(inp))  # the code
     known = receive(peer_in)
-    remote = {name: Remote(name, peer_in, peer_out) for name in known.get("names", [])}
+    names = [n for n in known.get("names", []) if n == asked["entry"] or not (n in OWN or n.startswith("__"))]
+    remote = {name: Remote(name, peer_in, peer_out) for name in names}
+    passed: bool | None
     for i, test in enumerate(asked["tests"] if "names" in known else []):
         try:
             exec(compile(f"{asked['setup']}\n{test}", "test", "exec"), {"__name__": "test", **remote})
             passed = True
-        except EOFError:
+        except Gone:
             break
+        except TooLong:
+            passed = None
         except BaseException:
             passed = False
         send(out, {"token": asked["token"], "test": i, "passed": passed})
@@ -207,8 +268,10 @@ def grade(asked: Any, out: int, peer_in: int, peer_out: int) -> None:
 
 
 def main() -> None:
-    """Roles and numbers of inherited pipes are the arguments; the rest is the first message."""
+    """Roles and numbers of inherited pipes are the arguments; the first message is the limits, then the code follows."""
     role, *fds = sys.argv[1], *map(int, sys.argv[2:])
+    for s in CALM:
+        signal.signal(s, signal.SIG_IGN)
     inp, out = fds[:2]
     asked = receive(inp)
     try:
@@ -216,12 +279,12 @@ def main() -> None:
     except (OSError, ValueError) as e:
         send(out, {"unsafe": str(e)})
         return
-    if role == "call":
-        call(inp, out, asked["code"])
-    elif role == "script":
-        script(out, asked["code"], asked["input"])
-    else:
-        grade(asked, out, *fds[2:])
+    if role == "grade":
+        send(out, receive(fds[2]))  # whether the other one is locked too
+        grade(asked, *fds)
+        return
+    send(out, {"ready": True})
+    (call if role == "call" else script)(inp, out)
 
 
 if __name__ == "__main__":

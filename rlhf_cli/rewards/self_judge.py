@@ -38,6 +38,7 @@ class SelfJudge:
     """
 
     asks_policy = True
+    moves = True  # what it gave a text earlier says nothing later
     sampler: Any = None
     chat = True
     seed = 0

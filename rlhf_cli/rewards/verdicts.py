@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_cli.judges.ask import Reply
 from rlhf_cli.judges.strict import Unreadable, json_reply, number, parse_object
@@ -30,18 +30,20 @@ class RankingVerdict:
     Format in [0, 1]: both think tags 0.15 (one of them 0.05), more than 50 characters of thinking 0.05, the rest is JSON
     0.2 (0.15 if it stands amid text), its keys 0.1 each, 0.2 times the share of gold names scored, 0.2 if the order is
     one that the scores allow. Order: 1 - sum of penalties / sum of weights over pairs, w = 1 + |gold difference|, the
-    penalty w for a reversed pair and w / 2 for a tie that gold does not have. Fewer than two gold names scored: 0 (the
-    authors' code gives 1).
+    penalty w for a reversed pair and w / 2 for a tie that gold does not have. A pair with a name that was not scored is
+    lost (penalty w), so that leaving names out earns nothing; the authors' code leaves such pairs out.
     See Yu et al., "RewardAnything: Generalizable Principle-Following Reward Models", arXiv:2506.03637.
     """
 
     pooled = True
 
-    def __init__(self, *, format_weight: float) -> None:
+    def __init__(self, *, format_weight: float, unscored: Literal["lost", "left_out"]) -> None:
         """Args:
         format_weight: weight of the format; the order has the rest
+        unscored: pairs with a name that was not scored are lost, or left_out (as in the authors' code, where an order of fewer
+            than two names is 1)
         """
-        self.format_weight = format_weight
+        self.format_weight, self.unscored = format_weight, unscored
 
     def __call__(self, samples: Sequence[Sample], group: Tensor) -> Scores:
         return scored(self.rows(samples))
@@ -55,7 +57,7 @@ class RankingVerdict:
                 )
                 continue
             form, said = list_format(s.response, tuple(gold))
-            order = pair_order(said, gold)
+            order = pair_order(said, gold, self.unscored)
             value = self.format_weight * form + (1 - self.format_weight) * order
             yield Row(value, {"format": form, "order": order})
 
@@ -92,19 +94,20 @@ def _extends(ranking: Any, said: Mapping[str, float]) -> bool:
     return bool(said) and sorted(names) == sorted(said) and all(said[a] >= said[b] for a, b in pairwise(names))
 
 
-def pair_order(said: Mapping[str, float], gold: Mapping[str, float]) -> float:
-    """Weighted share of the pairs in their gold order, in [0, 1]."""
-    common = [n for n in gold if n in said]
+def pair_order(said: Mapping[str, float], gold: Mapping[str, float], unscored: str = "lost") -> float:
+    """Weighted share of the pairs in their gold order, in [0, 1]; pairs with a name that is not `said` are lost or left_out."""
+    names = [n for n in gold if n in said or unscored == "lost"]
     total = penalty = 0.0
-    for a, b in combinations(common, 2):
-        wanted, given = gold[a] - gold[b], said[a] - said[b]
-        weight = 1 + abs(wanted)
+    for a, b in combinations(names, 2):
+        weight = 1 + abs(gold[a] - gold[b])
         total += weight
-        if wanted and not given:
-            penalty += weight / 2
-        elif wanted * given < 0:
-            penalty += weight
-    return max(0.0, 1 - penalty / total) if total else 0.0
+        penalty += weight * (_misplaced(gold[a] - gold[b], said[a] - said[b]) if a in said and b in said else 1.0)
+    return max(0.0, 1 - penalty / total) if total else 1.0
+
+
+def _misplaced(wanted: float, given: float) -> float:
+    """1 for a reversed pair, 1/2 for a tie that gold does not have."""
+    return 0.5 if wanted and not given else float(wanted * given < 0)
 
 
 class ScoresVerdict:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import os
 import signal
@@ -13,13 +12,14 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.errors import ConfigError, GateError
+from rlhf_cli.launch.child import die_with
+from rlhf_cli.launch.stop import SIGNALS
 from rlhf_cli.rewards.per_sample import Row
 
 if TYPE_CHECKING:
     from rlhf_cli.sample import Sample
 
 NICE = 10  # behind the threads that decode
-PR_SET_PDEATHSIG = 1
 END = "end"  # of a job: a row too many would otherwise be taken for the next job's first
 
 
@@ -76,13 +76,12 @@ def main() -> None:
     """Run with the number of an inherited socket and the parent's process id."""
     end, parent = map(int, sys.argv[1:])
     os.set_inheritable(end, False)
-    # A run that is asked to stop finishes its step first, and needs the scores for that.
-    for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+    # A run that is asked to stop finishes its step first, and needs the scores for that; what a worker starts ignores them too.
+    for s in SIGNALS:
         signal.signal(s, signal.SIG_IGN)
-    if sys.platform == "linux":  # even amid a sample that hangs; elsewhere the closed socket ends it after the sample
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        return
+    die_with(
+        parent, signal.SIGKILL
+    )  # even amid a sample that hangs; elsewhere the closed socket ends it after the sample
     os.nice(NICE)
     try:
         serve(Connection(end))

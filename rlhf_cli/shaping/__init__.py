@@ -6,7 +6,7 @@ from rlhf_cli.shaping.inference import InfAlignOptimal, infalign_ctrl
 from rlhf_cli.shaping.kl import sequence_kl, token_kl, token_kl_full
 from rlhf_cli.shaping.reference import centered, lsc, lsc_canned, par, sgfc, squash
 from rlhf_cli.shaping.running import MinMax, RunningClip, RunningNorm
-from rlhf_cli.shaping.score import ceil, clip, length_penalty, missing_eos, overlong, relative_length, scale, whiten
+from rlhf_cli.shaping.score import Whiten, ceil, clip, length_penalty, missing_eos, overlong, relative_length, scale
 from rlhf_cli.shaping.turns import by_turn
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "MinMax",
     "RunningClip",
     "RunningNorm",
+    "Whiten",
     "by_turn",
     "ceil",
     "centered",
@@ -35,5 +36,4 @@ __all__ = [
     "squash",
     "token_kl",
     "token_kl_full",
-    "whiten",
 ]

@@ -76,28 +76,6 @@ class AdaptiveFullKL(AdaptiveKL):
     See Ramamurthy et al., "Is Reinforcement Learning (Not) for Natural Language Processing", arXiv:2210.01241 (NLPO).
     """
 
-    def __init__(
-        self,
-        *,
-        beta: float,
-        kind: Literal["k1", "k2", "k3"],
-        target: float,
-        per: Literal["row", "token"],
-        bound: float,
-        count: Literal["rows", "steps"],
-        horizon: float,
-    ) -> None:
-        """Args:
-        beta: penalty of the first step, reward per nat
-        kind: estimator of the penalty, k1 (d), k2 (d^2 / 2) or k3 (exp(-d) - 1 + d)
-        target: KL to hold, nats
-        per: row (KL of whole responses) or token
-        bound: largest relative error that counts
-        count: rows (n is the number of rows of the step) or steps (n is 1)
-        horizon: rows or steps after which an error of 1 has changed beta by a factor of e
-        """
-        super().__init__(beta=beta, kind=kind, target=target, per=per, bound=bound, count=count, horizon=horizon)
-
     def __call__(self, full_logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
         """Rewards of the tokens at the present beta; the next call has the next one.
 

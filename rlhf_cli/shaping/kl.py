@@ -14,7 +14,12 @@ from rlhf_cli.kl import estimate
 
 
 def token_kl(
-    behavior_logp: Tensor, ref_logp: Tensor, mask: Tensor, *, beta: float, kind: Literal["k1", "k2", "k3"]
+    behavior_logp: Tensor,
+    ref_logp: Tensor,
+    mask: Tensor,
+    *,
+    beta: float,
+    kind: Literal["k1", "k1_positive", "k2", "k3"],
 ) -> Tensor:
     """A reward per token, -beta k(behavior_logp - ref_logp), [N, T]. k1 is the unbiased choice here.
 
@@ -25,7 +30,7 @@ def token_kl(
         ref_logp: the same under the reference, [N, T] nats
         mask: trained tokens, [N, T] bool
         beta: penalty, reward per nat
-        kind: estimator, k1 (d), k2 (d^2 / 2) or k3 (exp(-d) - 1 + d)
+        kind: estimator, k1 (d), k1_positive (max(0, d)), k2 (d^2 / 2) or k3 (exp(-d) - 1 + d)
     """
     return torch.where(mask, -beta * estimate(behavior_logp - ref_logp, kind), 0.0)
 

@@ -1,4 +1,4 @@
-"""Shapers of the score: functions of one number per row, and of the response's length."""
+"""Shapers of the score: of one number per row, and of the response's length."""
 
 from __future__ import annotations
 
@@ -73,24 +73,41 @@ def ceil(score: Tensor, *, high: float) -> Tensor:
     return score.clamp(max=high)
 
 
-def whiten(score: Tensor, *, center: bool, eps: float) -> Tensor:
+class Whiten:
     """(score - mean) / (std + eps) over the step's rows, [N]; equal scores give exactly 0. Without `center`, the mean is added again.
 
+    What is compared with the rows (responses of the initial policy) takes the rows' mean and std, never its own: `frozen`.
     See Huang et al., "The N+ Implementation Details of RLHF with PPO", arXiv:2403.17031, detail 21.
+    """
 
-    Args:
-        score: one number per row, [N]
+    def __init__(self, *, center: bool, eps: float) -> None:
+        """Args:
         center: leave the mean off
         eps: added to the sample standard deviation, score units
-    """
-    shifted = score - score[:1]
-    centred = shifted - shifted.mean()
-    scaled = centred / ((centred.square().sum() / max(len(score) - 1, 1)).sqrt() + eps)
-    return scaled if center else scaled + score.mean()
+        """
+        self.center, self.eps = center, eps
+
+    def __call__(self, score: Tensor) -> Tensor:
+        """Measure the step's scores, and shape them.
+
+        Args:
+            score: one number per row, [N]
+        """
+        self.zero = score[:1]  # first taken off, so that rounding leaves nothing of equal scores
+        shifted = score - self.zero
+        self.mean, self.level = shifted.mean(), score.mean()
+        centred = shifted - self.mean
+        self.spread = (centred.square().sum() / max(len(score) - 1, 1)).sqrt() + self.eps
+        return self.frozen(score)
+
+    def frozen(self, score: Tensor) -> Tensor:
+        """By the mean and std of the last step."""
+        scaled = (score - self.zero - self.mean) / self.spread
+        return scaled if self.center else scaled + self.level
 
 
-def length_penalty(score: Tensor, mask: Tensor, *, rate: float, free: int) -> Tensor:
-    """Score minus rate * max(0, length - free), [N].
+def length_penalty(score: Tensor, mask: Tensor, *, rate: float, free: int, most: float | None) -> Tensor:
+    """Score minus rate * min(max(0, length - free), most), [N]. A rate below 0 is a bonus.
 
     See Fu et al., "Reward Shaping to Mitigate Reward Hacking in RLHF", arXiv:2502.18770, which applies it before any other shaping.
 
@@ -99,8 +116,10 @@ def length_penalty(score: Tensor, mask: Tensor, *, rate: float, free: int) -> Te
         mask: trained tokens, [N, T] bool
         rate: penalty, score units per token
         free: length without penalty, tokens
+        most: tokens beyond `free` that count at most; null: all of them
     """
-    return score - rate * (mask.sum(-1) - free).clamp(min=0)
+    counted = (mask.sum(-1) - free).clamp(min=0).to(score.dtype)
+    return score - rate * (counted if most is None else counted.clamp(max=most))
 
 
 def relative_length(score: Tensor, mask: Tensor, group: Tensor, *, factor: float, correct: float) -> Tensor:

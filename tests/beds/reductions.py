@@ -60,7 +60,7 @@ REDUCTIONS = [
         "salmon",
         (
             PPO, "shaping=[missing_eos,length_penalty,scale,kl]", "shaping.missing_eos.penalty=6", "shaping.length_penalty.rate=-0.0048828125",
-            "shaping.length_penalty.free=0", "shaping.scale.factor=10", "shaping.kl.beta=0.1", "credit.lam=1",
+            "shaping.length_penalty.free=0", "shaping.length_penalty.most=819.2", "shaping.scale.factor=10", "shaping.kl.beta=0.1", "credit.lam=1",
         ),
         "a model that reads principles; a bonus for length, and 10 times the reward at 10 times beta",
     ),

@@ -104,14 +104,14 @@ def test_a_fault_that_stays_becomes_missing_with_its_reason(fault: Say, said: st
         assert len(server.bodies) == 6
     assert scores.missing is not None and scores.missing.tolist() == [True, True] and scores.value.isnan().all()
     assert re.search(said, scores.reasons[0]), scores.reasons
-    assert scores.timing["failed"] == 2
+    assert (scores.timing["failed"], scores.timing["retries"]) == (2, 4)
 
 
 def test_what_the_endpoint_refuses_is_not_asked_again() -> None:
     with serving(lambda body, n: Say(status=400, raw=b'{"error": {"message": "too long"}}')) as server:
         found = judge_at(server).ask([ask()])[0]
         assert len(server.bodies) == 1
-    assert found.error == "the judge failed: status 400: too long"
+    assert (found.error, found.retries) == ("the judge failed: status 400: too long", 0)
 
 
 def test_no_more_requests_at_a_time_than_allowed() -> None:

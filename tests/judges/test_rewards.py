@@ -16,7 +16,7 @@ from rlhf_cli.judges.ask import Ask, Reply, Sampling
 from rlhf_cli.judges.cache import Cache
 from rlhf_cli.judges.judge import Judge as Asked
 from rlhf_cli.judges.rule import RULES, Rule, done
-from rlhf_cli.rewards.judge import Judge, JudgeListwise
+from rlhf_cli.rewards.judge import Judge, JudgeListwise, reading
 from rlhf_cli.rewards.judge_pairs import JudgeAnchor, JudgePairwise, Verdict, pivot_of
 from rlhf_cli.types import Sample, Scores
 
@@ -111,6 +111,30 @@ def test_the_expectation_over_legal_score_tokens() -> None:
     assert scores.value.tolist() == pytest.approx([3.5]) and scores.components["mass"].tolist() == pytest.approx([0.8])
     # The rule's quality q gives low + q (high - low): 1 + 0.5 * 4.
     assert run(absolute(read="logits"), by_length(), group(["x" * 64])).value.tolist() == pytest.approx([3.0])
+
+
+def test_score_tokens_without_any_probability_are_no_score() -> None:
+    never = by(Fake(lambda ask: Reply("The", (("The", 0.0), ("4", -9999.0)))))
+    scores = run(absolute(read="logits"), never, group(["a"]))
+    assert scores.reasons == {0: "the judge's first token is none of 1, 2, 3, 4, 5; likeliest is 'The'"}
+
+
+def test_a_reply_that_breaks_the_arithmetic_is_missing() -> None:
+    assert reading(lambda r: 1 / len(r.text), Reply("")) == (
+        None, "the numbers of the judge's reply cannot be computed with (ZeroDivisionError)",
+    )  # fmt: skip
+
+
+def test_what_was_begun_and_never_asked_is_forgotten() -> None:
+    backend = Fake(lambda ask: reply(rationale="", score=2))
+    backend.early = True
+    judge, reward = by(backend), absolute()
+    reward.connect(judge)
+    one, two = group(["a"]), group(["b"])  # another rank may score what this one drew
+    reward.begin(one)
+    reward.begin(two)
+    assert len(judge._early) == 2 and reward(two, torch.tensor([0])).value.tolist() == [2.0]
+    assert not judge._early and len(backend.asked) == 2
 
 
 def test_scores_of_one_token_have_one_digit() -> None:
@@ -260,6 +284,19 @@ def test_a_biased_comparator_cancels_in_the_logit_and_is_symmetric_in_the_probab
     other = run(JudgeAnchor(**ANCHOR), bradley_terry(R, place=0.7), group(["a"], references=("y",))).value
     assert float(one) == pytest.approx((sigmoid(1.7) + sigmoid(0.3)) / 2, abs=1e-6)
     assert float(one + other) == pytest.approx(1.0, abs=1e-6)  # score(y, a) + score(a, y)
+
+
+@pytest.mark.parametrize(("scale", "value"), [("prob", 0.5), ("logit", 0.0)])
+def test_a_judge_that_is_sure_of_a_place_is_heard(scale: str, value: float) -> None:
+    never = by(Fake(lambda ask: Reply("B", (("B", 0.0), ("A", -9999.0)))))  # as servers write probability 0
+    scores = run(JudgeAnchor(**ANCHOR | {"scale": scale}), never, group(["y"], references=("a",)))
+    assert scores.value.tolist() == [value] and scores.components["position_inconsistency"].tolist() == [1.0]
+
+
+def test_probabilities_at_any_log_odds() -> None:
+    # 0.5 [P(i | i, j) + 1 - P(j | j, i)]: sigmoid(-1000) = 0, sigmoid(0) = 1/2, sigmoid(800) = 1.
+    assert Verdict([-1000.0], [-9999.0]).probability() == 0.0
+    assert Verdict([800.0], [0.0]).probability() == 0.75 and Verdict([1.0], [-1.0]).probability() == 0.5
 
 
 def test_an_anchor_is_needed_and_log_odds_need_logits() -> None:

@@ -74,7 +74,7 @@ def test_a_reply_that_was_cut_or_refused_is_no_answer() -> None:
 
 def test_numbers_and_orders() -> None:
     assert number(3, 0, 10) == 3.0 and number(9.5, 0, 10) == 9.5
-    for wrong in ("3", None, True, 11, -0.1, math.nan):
+    for wrong in ("3", None, True, 11, -0.1, math.nan, math.inf, 10**400, -(10**400)):
         with pytest.raises(Unreadable):
             number(wrong, 0, 10)
     assert permutation(["b", "a"], ["a", "b"]) == ["b", "a"]
@@ -96,3 +96,13 @@ def test_odds_add_spellings_and_bound_what_is_not_listed() -> None:
         token_odds(Reply("A", top), {"B": ("B",)})
     with pytest.raises(Unreadable, match="no log-probabilities"):
         token_odds(Reply("A"), {"A": ("A",)})
+
+
+def test_a_placeholder_for_never_is_as_good_as_not_listed() -> None:
+    # Servers write -9999, or -inf, for what is very unlikely. A has less than the smallest probability of a float32, e^-87.
+    for never in (-9999.0, -math.inf, math.nan):
+        odds, mass = token_odds(Reply("B", (("B", 0.0), ("A", never))), {"A": ("A",), "B": ("B",)})
+        assert odds == {"A": -87.0, "B": 0.0} and mass == 1.0
+        with pytest.raises(Unreadable, match="first token is none of A; likeliest is 'B'"):
+            token_odds(Reply("B", (("B", 0.0), ("A", never))), {"A": ("A",)})
+    assert token_odds(Reply("B", (("B", 1e9),)), {"B": ("B",)}) == ({"B": 0.0}, 1.0)

@@ -41,7 +41,11 @@ def test_the_order_of_pairs() -> None:
     assert pair_order({"A": 5, "B": 3, "C": 1}, GOLD) == 1.0 and pair_order({"A": 1, "B": 3, "C": 5}, GOLD) == 0.0
     assert pair_order({"A": 2, "B": 2, "C": 2}, GOLD) == 0.5
     assert pair_order({"A": 4, "B": 1}, {"A": 2, "B": 2}) == 1.0, "a gold tie costs nothing"
-    assert pair_order({"A": 4}, GOLD) == 0.0, "one name has no order"
+    # Weights 3, 5, 3: of A and B scored the pairs with C are lost, 1 - 8 / 11; of one or no name all are.
+    assert pair_order({"A": 5, "B": 3}, GOLD) == pytest.approx(3 / 11)
+    assert pair_order({"A": 4}, GOLD) == pair_order({}, GOLD) == 0.0
+    for said in ({"A": 5, "B": 3}, {"A": 4}, {}):
+        assert pair_order(said, GOLD, "left_out") == 1.0, "as the authors' code"
 
 
 def answer(scores: dict[str, Any], best: list[str]) -> str:
@@ -76,9 +80,13 @@ def test_an_order_is_worth_something_where_the_scores_allow_it() -> None:
 
 
 def test_format_and_order_together() -> None:
-    found = only(answer({"A": 4, "B": 4, "C": 5}, ["C", "A", "B"]), {"gold": GOLD}, RankingVerdict(format_weight=0.2))
+    found = only(
+        answer({"A": 4, "B": 4, "C": 5}, ["C", "A", "B"]),
+        {"gold": GOLD},
+        RankingVerdict(format_weight=0.2, unscored="lost"),
+    )
     assert found.value.tolist() == pytest.approx([0.2 * 0.8 + 0.8 * 0.136364], abs=1e-6)
-    assert "meta.gold" in only("x", {}, RankingVerdict(format_weight=0.2)).reasons[0]
+    assert "meta.gold" in only("x", {}, RankingVerdict(format_weight=0.2, unscored="lost")).reasons[0]
 
 
 # -- Writing-Zero ------------------------------------------------------------------------------------------------------
@@ -96,6 +104,7 @@ def scored_pair(a: float, b: float) -> str:
         (scored_pair(9, 2), "B", 0.0),
         (scored_pair(5, 5), "A", 0.0),
         (scored_pair(11, 2), "A", -1.0),
+        (scored_pair(10**400, 2), "A", -1.0),  # no float holds it
         ("A is better", "A", -1.0),
     ],
 )

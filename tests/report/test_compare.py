@@ -119,6 +119,12 @@ def test_other_metrics_pair_over_seeds(runs: Path) -> None:
         compare([runs], metric="foo")
 
 
+def test_other_metrics_stand_beside(runs: Path) -> None:
+    head, *lines = text(compare([runs], also=["score/mean"])).split("\n")[3:7]
+    assert head.split()[-1] == "score/mean"
+    assert [line.split()[-1] for line in lines] == ["0.15"] * 3  # scores of 0.1 and 0.2 at the two steps
+
+
 def test_a_repeated_seed_counts_once(runs: Path) -> None:
     made(runs / "z1", [1.0, 2.0, 0.0], seed=1)
     found = compare([runs])
@@ -178,7 +184,7 @@ def test_mistakes_are_one_line(
         (
             "empty",
             "sort=x",
-        ): "compare: sort=x: no such folder or setting; settings: baseline, metric, csv, plot, frontier",
+        ): "compare: sort=x: no such folder or setting; settings: baseline, metric, also, csv, plot, frontier",
     }.items():
         assert cli.main(["compare", *words]) == 2
         assert capsys.readouterr().err == f"rlhf: error: {said}\n"

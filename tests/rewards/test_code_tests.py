@@ -1,6 +1,7 @@
 """Code tests: what passes, and everything that a response may try instead of being right."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -10,8 +11,10 @@ import pytest
 import torch
 
 from rlhf_cli.errors import ConfigError
+from rlhf_cli.launch.stop import SIGNALS
 from rlhf_cli.rewards import sandboxed
 from rlhf_cli.rewards.code_tests import CodeTests, code_of
+from rlhf_cli.rewards.sandboxed import LARGEST
 from rlhf_cli.types import Sample
 
 pytestmark = pytest.mark.skipif(
@@ -81,7 +84,7 @@ FORGED = {
     "exit": "raise SystemExit(0)\n",
     "an object that equals everything": "class E(int):\n    def __eq__(self, o): return True\n    def __repr__(self): return 'E'\ndef add(a, b): return E()\n",
     "a message on every pipe": (
-        "import os, json, struct\nfor fd in range(3, 20):\n    try:\n        m = json.dumps({'token': '', 'test': 0, 'passed': True, 'end': True}).encode()\n"
+        "import os, json, struct\nfor fd in range(3, 400):\n    try:\n        m = json.dumps({'token': '', 'test': 0, 'passed': True, 'end': True}).encode()\n"
         "        os.write(fd, struct.pack('!I', len(m)) + m)\n    except OSError: pass\n"
     ),
     "another assert": "import builtins\nbuiltins.AssertionError = type('A', (BaseException,), {})\n__debug__ or 1\n",
@@ -94,6 +97,95 @@ def test_a_verdict_cannot_be_forged(how):
     own = FORGED[how]
     assert score(own if "def add" in own else ADD + own) == 0
     assert score((own if "def add" in own else own + ADD), reward="fraction") == 0
+
+
+NAMED = {
+    "abs": ("def f(x): return 0.0\ndef abs(x): return 0", "assert abs(f(3.0) - 9.0) < 1e-6"),
+    "len": ("def f(x): return []\ndef len(x): return 3", "assert len(f(3)) == 3"),
+    "all": ("def f(x): return [1]\ndef all(x): return True", "assert all(x > 5 for x in f(3))"),
+    "isinstance": ("def f(x): return 1\nisinstance = lambda *a: True", "assert isinstance(f(3), str)"),
+    "an error's": ("def f(x): return 1\nclass Exception: pass", "try:\n    f(3)\n    1 / 0\nexcept Exception:\n    raise"),
+    "the builtins": ("def f(x): return 1\ndef __builtins__(): pass\ndef __import__(*a): return f", "import math\nassert math.pi == f(3)"),
+    "in another alphabet": ("def f(x): return 0.0\ndef \uff41\uff42\uff53(x): return 0", "assert abs(f(3.0) - 9.0) < 1e-6"),
+    "a module's": ("def f(x): return 0.0\ndef isclose(*a): return True", "from math import isclose\nassert isclose(f(3), 9)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_what_a_test_calls_is_not_the_response_s(name):
+    code, test = NAMED[name]
+    assert score(code, [test]) == 0
+    assert score("def f(x): return 'nine'\n" + code.partition("\n")[2], ["assert f(3) == 'nine'"]) == 1
+
+
+WRITES = "import os, json, struct\ndef say(raw, size=None):\n    for fd in range(3, 400):\n        try: os.write(fd, struct.pack('!I', size or len(raw)) + raw)\n        except OSError: pass\n"
+SAID = {
+    "that the machine is unsafe": 'say(b\'{"unsafe": "x"}\')',
+    "no object": "say(b'5')",
+    "a number as output": "say(b'{\"printed\": 5}')",
+    "nested beyond measure": "say(b'[' * 100000)",
+    "no text": "say(b'\\xff\\xfe')",
+    "more than there may be": "say(b'', 1 << 31)",
+    "a length and nothing": "say(b'', 8)\nimport time\ntime.sleep(60)",
+}
+
+
+@pytest.mark.parametrize("what", SAID)
+def test_a_program_that_writes_to_its_pipes_fails(what):
+    start = time.monotonic()
+    got = make(seconds=1.0)(
+        [Sample("p", WRITES + SAID[what], meta={"cases": [{"input": "", "output": "5"}]})],
+        torch.zeros(1, dtype=torch.int64),
+    )
+    assert got.value.tolist() == [0] and not got.reasons and time.monotonic() - start < 30
+
+
+def test_a_builtin_s_name_is_the_response_s_where_the_record_says_so():
+    code = "def sum(a, b): return a - b\ndef len(x): return 7"
+    tests = ["assert sum(5, 3) == 2", "assert len([1]) == 1 and sum(1, 1) == 0"]
+    assert score(code, tests, entry_point="sum") == 1 and score(code, tests) == 0
+    check = "def check(candidate):\n    assert candidate(5, 3) == 2 and len('ab') == 2"
+    assert score(code, check, entry_point="sum") == 1
+
+
+@pytest.mark.parametrize(
+    ("meta", "why"),
+    [
+        ({"tests": TESTS, "setup": "#" * LARGEST}, "all of them, an input, and an argument may take 4 MB each"),
+        ({"tests": "assert add('x' * (5 << 20), 1)"}, "all of them, an input, and an argument may take 4 MB each"),
+        ({"cases": [{"input": "x" * LARGEST, "output": "1"}]}, "all of them, an input, and an argument may take 4 MB each"),
+        ({"cases": [{"input": "", "output": "x" * 140_000}]}, "a program may print 131072 characters"),
+    ],
+)  # fmt: skip
+def test_tests_that_do_not_fit_are_missing(meta, why):
+    got = make()([Sample("p", "def add(a, b): return 1\nprint(1)", meta=meta)], torch.zeros(1, dtype=torch.int64))
+    assert got.missing.tolist() == [True] and got.reasons == {0: f"its tests are too large: {why}"}
+
+
+def test_large_values_and_the_longest_code_fit():
+    assert score("def add(a, b): return len(a)", "assert add('x' * (3 << 20), 1) == 3 << 20") == 1
+    assert score("#" + "\U0001f600" * 199_000 + "\ndef add(a, b): return a + b") == 1
+    assert score("def big(): return 'x' * (2 << 20)\ndef add(a, b): return 1", "assert add(big(), 1)") == 0
+
+
+def test_an_end_of_file_of_the_code_ends_its_own_test_only():
+    code = "def add(a, b):\n    if a == 1: raise EOFError\n    return a + b"
+    assert score(code, reward="fraction") == 0.5
+
+
+def test_a_child_that_does_not_start_is_missing(monkeypatch):
+    from rlhf_cli.rewards import sandbox
+
+    monkeypatch.setattr(sandbox, "SCRIPT", os.devnull)
+    case = {"cases": [{"input": "", "output": "1"}]}
+    got = make()([Sample("p", "print(1)", meta=m) for m in (case, {"tests": TESTS})], torch.zeros(2, dtype=torch.int64))
+    assert got.reasons == dict.fromkeys((0, 1), "the sandbox did not start within 60 s, or was killed")
+
+
+def test_signals_that_stop_a_run_do_not_reach_the_code():
+    code = "import signal\nprint([int(s) for s in signal.Signals if signal.getsignal(s) == signal.SIG_IGN])"
+    ignored = sorted({*map(int, SIGNALS), int(signal.SIGPIPE), int(signal.SIGXFSZ)})
+    assert score(code, [], cases=[{"input": "", "output": str(ignored)}]) == 1
 
 
 def attempt(statement, tmp_path):
@@ -141,16 +233,46 @@ def test_the_kernel_refuses(what, tmp_path):
     assert outside.read_text() == "kept" and os.listdir(tmp_path) == ["outside.txt"]
 
 
-def test_a_domain_hides_other_processes_even_from_root():
+IMPORTS = (
+    "import bz2, ctypes, datetime, decimal, hashlib, heapq, json, lzma, math, os, random, re, sqlite3, ssl, statistics, time, zlib, zoneinfo\n"
+    "def f(): return [os.listdir(), random.SystemRandom().random() < 2, len(str(zoneinfo.ZoneInfo('UTC'))), time.localtime(0)[0] > 1]"
+)
+
+
+def test_what_the_standard_library_needs_can_be_read():
+    assert score(IMPORTS, "assert f() == [[], True, 3, True]") == 1
+
+
+@pytest.mark.parametrize(
+    "statement", ["open({outside!r}).read()", "__import__('os').listdir({folder!r})", "open('/etc/passwd').read()"]
+)
+def test_files_of_others_cannot_be_read(statement, tmp_path):
+    if not landlocked():
+        pytest.skip("THIS KERNEL HAS NO LANDLOCK: code can read what this user can")
+    outside = tmp_path / "answers.jsonl"
+    outside.write_text("5")
+    statement = statement.format(outside=str(outside), folder=str(tmp_path))
+    assert attempt(statement, tmp_path) == 1
+    case = {"input": "", "output": "PermissionError"}
+    code = f"try:\n    {statement}\nexcept Exception as e:\n    print(type(e).__name__)"
+    assert score(code, [], cases=[case]) == 1
+
+
+def landlocked():
+    """Whether the kernel has Landlock, and in a domain the memory of the parent cannot be read."""
     code = (
         "import ctypes, os\nfrom rlhf_cli.rewards import sandboxed\nlibc = ctypes.CDLL(None)\nlibc.prctl(38, 1, 0, 0, 0)\n"
         "own = sandboxed._own_domain(libc)\ntry:\n    open(f'/proc/{os.getppid()}/mem', 'rb').read(1)\n    print(own, 'read')\n"
         "except OSError:\n    print(own, 'refused')"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    if said[0] == "False":
+    assert said[0] == "False" or said == ["True", "refused"]
+    return said[0] == "True"
+
+
+def test_a_domain_hides_other_processes_even_from_root():
+    if not landlocked():
         pytest.skip("THIS KERNEL HAS NO LANDLOCK: only the filter and the missing capabilities hide other processes")
-    assert said == ["True", "refused"]
 
 
 def test_a_fork_bomb_starts_nothing():
@@ -205,18 +327,19 @@ def test_the_filter_is_an_allow_list_of_both_machines():
                 assert i + 1 + max(yes, no) < len(lines)
 
 
-def test_a_machine_that_cannot_hold_it_is_refused(monkeypatch):
+def test_a_machine_that_cannot_hold_it_is_refused():
     from rlhf_cli.rewards.sandbox import Child
 
     child = Child.__new__(Child)
-    inside, out = os.pipe()
+    (inside, out), (its_in, into) = os.pipe(), os.pipe()
     sandboxed.send(out, {"unsafe": "the kernel refuses"})
-    child.ours = [0, inside]
+    child.ours = [into, inside]
     with pytest.raises(
         ConfigError,
         match=r"^reward\.code_tests: this machine cannot hold untrusted code: the kernel refuses; use Linux",
     ):
-        child.hear(time.monotonic() + 5)
-    os.close(inside), os.close(out)
+        child.begin({})
+    for fd in (inside, out, its_in, into):
+        os.close(fd)
     with pytest.raises(ConfigError, match=r"^reward\.code_tests: seconds=0, memory_mb=256 are not allowed"):
         make(seconds=0)

@@ -177,6 +177,18 @@ def test_bertscore_best_reference_empty_response_and_none(folder):
         bertscore(folder, num_layers=9).load()
 
 
+def test_bertscore_never_mixes_groups(folder):
+    pytest.importorskip("bert_score")
+    scorer, seen = bertscore(folder), []
+    scorer.load()
+    plain = scorer.scorer.score
+    scorer.scorer.score = lambda texts, refs: seen.append(texts) or plain(texts, refs)
+    rows = [Sample("p", t, ("a dog",)) for t in ("the cat", "a dog sat on the red cat", "a dog", "")]
+    got = scorer(rows, torch.tensor([0, 1, 0, 2]))
+    assert seen == [["the cat", "a dog"], ["a dog sat on the red cat"]] and got.value[3] == 0
+    assert torch.equal(got.value[[1]], scorer(rows[1:2], torch.tensor([0])).value)
+
+
 def perplexity(**settings):
     chosen = {
         "path": "tiny:1",

@@ -1,13 +1,16 @@
 """The implicit reward of two tiny language models, its token terms, and models with several outputs."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
+from rlhf_cli.combine import nominal_robust
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.models.tiny import tiny_causal, tiny_tokenizer
 from rlhf_cli.rewards.attributes import Attributes
+from rlhf_cli.rewards.combine import Combined
 from rlhf_cli.rewards.implicit import Implicit
 from rlhf_cli.rewards.model import Model
 from rlhf_cli.types import Sample
@@ -71,6 +74,18 @@ def test_token_terms_telescope_to_the_value_and_fall_on_their_characters() -> No
     )
 
 
+def test_a_text_that_its_tokens_do_not_say_is_missing() -> None:
+    scorer = make(token_level=True)
+    scorer.load()
+    plain = scorer.tokenizer.decode
+    scorer.tokenizer.decode = lambda ids, **more: plain(ids, **more).replace("cat", "Cat")  # a decoder that normalises
+    got = scorer(SAMPLES[:2], GROUP[:2])
+    assert got.missing is not None and got.missing.tolist() == [True, False] and got.spans == []
+    assert got.reasons == {
+        0: "the tokenizer of reward.implicit does not give its text back, so its characters have no tokens"
+    }
+
+
 def test_both_models_must_be_named() -> None:
     for name in ("path", "reference"):
         with pytest.raises(
@@ -106,3 +121,17 @@ def test_heads_number_the_outputs() -> None:
 def test_one_output_is_what_a_reward_model_has() -> None:
     one = Model(path="tiny:3", render="turn", **RUN)(SAMPLES[:1], GROUP[:1]).value.item()
     assert math.isfinite(one) and Model(path="tiny:3", render="turn", **RUN).values(SAMPLES[:1], GROUP[:1]) == [[one]]
+
+
+def test_a_sigma_is_a_part_and_no_attribute() -> None:
+    heads = {"a": 0, "a/sigma": 1, "b": 2, "b/sigma": 3}
+    got = Attributes(path="tiny:1", heads=heads, render="turn", **RUN)(SAMPLES[:2], GROUP[:2])  # type: ignore[arg-type]
+    assert torch.allclose(got.value, (got.components["a"] + got.components["b"]) / 2, atol=1e-6)
+    scorer = Combined(
+        {"heads": (1.0, lambda samples, group: got)}, {"heads/a": 1.0, "heads/b": 1.0}, partial(nominal_robust, lam=1.0)
+    )
+    sure = got.components["a/sigma"] < got.components["b/sigma"]
+    want = torch.where(sure, got.components["a"], got.components["b"])
+    assert torch.equal(scorer(SAMPLES[:2], GROUP[:2]).value, want), "the nominal reward is that of the surest head"
+    with pytest.raises(ConfigError, match=r"^reward\.attributes\.heads: b/sigma belongs to no attribute"):
+        Attributes(path="tiny:1", heads={"a": 0, "b/sigma": 1}, render="turn", **RUN)  # type: ignore[arg-type]

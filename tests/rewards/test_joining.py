@@ -14,7 +14,7 @@ from rlhf_cli.errors import GateError
 from rlhf_cli.models.tiny import tiny_tokenizer
 from rlhf_cli.prepass import References
 from rlhf_cli.rewards.joining import NO_CANNED, NO_REFERENCE, Joining
-from rlhf_cli.shaping import RunningNorm, ceil, length_penalty, lsc, lsc_canned, par
+from rlhf_cli.shaping import RunningNorm, Whiten, ceil, length_penalty, lsc, lsc_canned, par
 from rlhf_cli.types import Experience, Sample, Scores
 
 NAN = float("nan")
@@ -93,7 +93,7 @@ def test_shapers_before_one_that_compares_also_shape_the_references() -> None:
     """PAR's rule: the length penalty is on the references too, each by its own length (2 and 5 tokens)."""
     refs = references(a=[[1.0, 2.0], [1.0, 2.0]])
     exp, _ = join({"a": 1.0}, refs=refs, keep_references=True)(scores(a=[3.0] * 4), EXP)
-    shaped = stages.shaping([partial(length_penalty, rate=1.0, free=1), PAR])(exp)
+    shaped = stages.shaping([partial(length_penalty, rate=1.0, free=1, most=None), PAR])(exp)
     sig = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
     # rows of 2, 4, 1, 3 tokens: 3 - (n - 1); references 1 - 1 = 0 and 2 - 4 = -2
     want = [(sig(r) + sig(r + 2)) / 2 for r in (2, 0, 3, 1)]
@@ -150,6 +150,15 @@ def test_running_statistics_are_read_and_not_moved_by_references() -> None:
     exp, _ = join({"a": 1.0}, refs=refs, keep_references=True)(scores(a=[0.0, 2.0, 0.0, 2.0]), EXP)
     stages.shaping([norm, PAR])(exp)
     assert norm.stats == {"running_mean": 1, "running_std": 1}, "of the four rows alone"
+
+
+def test_a_steps_mean_and_spread_are_those_of_its_references_too() -> None:
+    """Scores 0, 2, 0, 2 have mean 1 and sample std sqrt(4 / 3); references 4 and 1 (3 and 0 above the mean) take these, not their own."""
+    refs = references(a=[[4.0, 4.0], [1.0, 1.0]])
+    exp, _ = join({"a": 1.0}, refs=refs, keep_references=True)(scores(a=[0.0, 2.0, 0.0, 2.0]), EXP)
+    for center, level in ((True, 0.0), (False, 1.0)):
+        shaped = stages.shaping([Whiten(center=center, eps=0.0), lambda score, ref_scores: ref_scores[:, 0]])(exp)
+        assert shaped.score.tolist() == pytest.approx([level + 3 / (4 / 3) ** 0.5] * 2 + [level] * 2)
 
 
 def test_rows_without_any_reference_are_missing_and_say_why() -> None:

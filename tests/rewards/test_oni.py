@@ -98,6 +98,50 @@ def test_a_policy_improves_later_by_the_delay_and_not_less(delay: int) -> None:
     assert late[delay:] == now and late[: delay + 1] == [now[0]] * (delay + 1) and now[-1] > now[0] + 0.2
 
 
+def state_of(scorer: Oni) -> list[float]:
+    rows, group = samples("z")
+    return [float(scorer(rows, group).components[k][0]) for k in ("labelled", "agreement", "staleness")]
+
+
+def test_how_many_labels_how_well_foretold_and_how_old() -> None:
+    scorer = oni()
+    assert state_of(scorer) == [0, pytest.approx(math.nan, nan_ok=True), 0]
+    play(scorer, "bad")  # nothing was known before these labels
+    assert state_of(scorer) == [1, pytest.approx(math.nan, nan_ok=True), 0]
+    play(scorer, "good", "bad a", "bad b", "bad c")  # an unknown text counts as 0, which three of these four are
+    assert state_of(scorer) == [5, 0.75, 0]
+    play(scorer, "good")
+    play(scorer, "good")
+    assert state_of(scorer) == [5, 0.75, 2], "no labels for two steps"
+    net = oni(kind="classification")
+    play(net, "good", "bad")
+    rows, group = samples("good")
+    assert 0 < float(net(rows, group).components["loss"][0]) < math.log(2), "better than a coin"
+
+
+def test_a_ranker_foretells_the_order_of_pairs() -> None:
+    net = Ranker(**settings())
+    pairs = [(join(f"good {i}", f"bad {i}"), 1.0) for i in range(8)]
+    assert net.agreement(pairs) is None
+    net.learn(pairs, 0)
+    assert net.agreement([*pairs[:3], (join("good x", "bad x"), 0.0), (join("a", "b"), 0.5)]) == 0.75
+    assert net.agreement([(join("a", "b"), 0.5)]) is None
+
+
+@pytest.mark.parametrize("kind", ["retrieval", "ranking"])
+def test_what_waits_too_long_is_let_go_and_may_come_again(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf_cli.rewards.oni.WAITING", 2)
+    judge = Oracle()
+    scorer = oni(judge, kind=kind, items=1)
+    play(scorer, "a", "b", "c", "d", "e", "f", "g", "h")
+    assert len(scorer.waiting) == 2 and len(scorer.seen) == (3 if kind == "retrieval" else 6)
+    state = json.dumps({k: v for k, v in scorer.state_dict().items() if k != "model"})
+    assert state.count('"') < 60, "digests and what waits, no text of the past"
+    play(scorer, "a", "b")
+    first = "a" if kind == "retrieval" else join("a", "b")
+    assert first in scorer.waiting or any("\na\n" in x.user for x in judge.asked[1:])
+
+
 def test_the_newest_items_are_asked_first() -> None:
     judge = Oracle()
     scorer = oni(judge, items=2)

@@ -14,6 +14,7 @@ import torch
 
 from rlhf_cli.config import build, check_node
 from rlhf_cli.errors import GateError
+from rlhf_cli.launch.stop import SIGNALS
 from rlhf_cli.rewards.combine import Combined
 from rlhf_cli.rewards.per_sample import Row
 from rlhf_cli.rewards.pool import Pooled, Workers
@@ -241,6 +242,19 @@ def test_the_sum_waits_for_the_pool_and_says_why_rows_are_missing(tmp_path):
     assert got.value[[0, 2]].tolist() == [5.5, 2] and got.missing.tolist() == [False, True, False]
     assert got.components["m/found"].tolist() == [1, 0, 1]
     assert list(got.reasons) == [1] and got.reasons[1].startswith("mine: ") and combined.seconds["m"] > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the signals of a process from /proc")
+def test_workers_and_what_they_start_ignore_every_signal_that_stops_a_run(tmp_path):
+    # An ignored signal stays ignored in programs that a process starts: the bits of SigIgn, signal n at n - 1.
+    read = "open('/proc/self/status').read().split('SigIgn:')[1].split()[0]"
+    body = (
+        f"    import subprocess\n    child = subprocess.check_output([sys.executable, '-c', \"print({read})\"], text=True)\n"
+        f"    both = int(child, 16) & int({read}, 16)\n"
+        f"    return [float(sum(both >> (n - 1) & 1 for n in {[int(n) for n in SIGNALS]}))]"
+    )
+    got = pooled(python(tmp_path, body), Workers(1, 60.0))([Sample("p", "x")], torch.zeros(1, dtype=torch.int64))
+    assert got.value.tolist() == [len(SIGNALS)], got.reasons
 
 
 def test_the_metrics_need_no_torch():

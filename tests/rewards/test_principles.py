@@ -14,9 +14,14 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf_cli.compose import compose
+from rlhf_cli.data.loading import load_whole
+from rlhf_cli.data.text import render, response_ids
 from rlhf_cli.errors import ConfigError
+from rlhf_cli.judges.ask import Reply
 from rlhf_cli.rewards.principle_list import PACKAGED, Principle, drawn, principles_of
 from rlhf_cli.rewards.principle_preferences import agreed, by_variance, count, deciding, preference
+from rlhf_cli.rewards.principle_records import Pair, main, opinions, records, ruled
 from rlhf_cli.rewards.principles import END, Principles, body
 from rlhf_cli.types import Sample
 
@@ -181,3 +186,106 @@ def test_training_on_negated_principles_turns_the_sign() -> None:
         with torch.no_grad():
             weights -= 2.0 * grad
     assert (weights[:3] > 0.3).all() and (weights[3:] < -0.3).all(), weights
+
+
+# -- from pairs and a judge to records ---------------------------------------------------------------------------------
+
+
+class Likes:
+    """A judge whose log-odds for the first response are those of a function of the question's rubric and its two texts."""
+
+    def __init__(self, odds: Any) -> None:
+        self.odds = odds
+
+    def ask(self, asks: Any) -> list[Reply]:
+        found = []
+        for a in asks:
+            first, second = (b.partition("]\n")[2].rpartition("\n[end")[0] for b in a.user.split("\n\n[")[1:])
+            x = self.odds(a.system, first, second)
+            found.append(Reply("A", (("A", -math.log1p(math.exp(-x))), ("B", -math.log1p(math.exp(x))))))
+        return found
+
+
+TWO = [Principle("long", "It is long.", "It is short."), Principle("dull", "Dull.", "Bright.")]
+PAIRS = [Pair(f"u{i}", f"q{i}", "x" * (20 + 7 * i % 11), "y" * (20 - i % 5)) for i in range(40)]
+
+
+def by_length(system: str, first: str, second: str) -> float:
+    return (len(first) - len(second)) / 5 if "It is long." in system else 0.0
+
+
+def test_records_prefer_by_the_principle_that_is_shown_and_against_its_negation() -> None:
+    said = opinions(PAIRS, TWO, Likes(by_length))  # type: ignore[arg-type]
+    assert all(
+        x is not None and x == pytest.approx([(len(p.first) - len(p.second)) / 5, 0])
+        for p, x in zip(PAIRS, said, strict=True)
+    )
+    made = list(records(PAIRS, [x for x in said if x is not None], TWO, seed=0))
+    assert made == list(records(PAIRS, [x for x in said if x is not None], TWO, seed=0))
+    tally = Counter()  # type: ignore[var-annotated]
+    for r in made:
+        texts = [r[k].partition("# Output\n")[2].partition("\n\n#")[0] for k in ("chosen", "rejected")]
+        tally["It is long." in r["chosen"], len(texts[0]) > len(texts[1])] += 1
+    for positive in (True, False):  # one of ten labels is flipped
+        agree, total = tally[positive, positive], tally[positive, True] + tally[positive, False]
+        assert total > 30 and agree / total > 0.8, tally
+
+
+def test_a_judge_of_the_place_makes_no_records_and_a_lost_reply_loses_its_pair() -> None:
+    said = opinions(PAIRS[:3], TWO, Likes(lambda *_: 3.0))  # type: ignore[arg-type]
+    assert said == [[0.0, 0.0]] * 3 and not list(records(PAIRS[:3], [[0.0, 0.0]] * 3, TWO, seed=0))
+
+    class Fails(Likes):
+        def ask(self, asks: Any) -> list[Reply]:
+            return [Reply(error="gone"), *super().ask(asks)[1:]]
+
+    assert opinions(PAIRS[:2], TWO, Fails(by_length))[0] is None  # type: ignore[arg-type]
+
+
+def test_a_rule_decides_half_the_time_where_one_side_says_what_it_is() -> None:
+    says = "As an AI language model, I cannot."
+    found = Counter(ruled(Pair("u", "q", says, "Sure."), i) for i in range(1000))
+    assert set(found) == {False, None} and abs(found[False] - 500) < 60
+    assert {ruled(Pair("u", "q", "Sure.", says), i) for i in range(50)} == {True, None}
+    assert {ruled(Pair("u", "q", says, says + "!"), i) for i in range(50)} == {None}
+
+
+def test_a_record_is_what_the_reward_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = next(records([Pair("a", "Why?", "Because.", "No.")] * 2, [[1.0, 0.0], [-1.0, 0.0]], TWO, seed=0))
+    text = one["chosen"].partition("# Output\n")[2].partition("\n\n#")[0]
+    shown = [
+        line.partition(". ")[2]
+        for line in one["chosen"].partition("# Principles\n")[2].splitlines()
+        if line[:1].isdigit()
+    ]
+    reward = model(render="turn")
+    reward.load()
+    monkeypatch.setattr(reward, "shown", lambda sample: [Principle(t, t, "") for t in shown])
+    trained = render([{"role": "user", "content": one["prompt"]}], reward.tokenizer, True)
+    trained += response_ids(one["chosen"], reward.tokenizer)
+    assert reward._ids(Sample("Why?", text)) == trained
+
+
+def test_one_command_makes_a_file_that_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, out = tmp_path / "pairs.jsonl", tmp_path / "out.jsonl"
+    rows = [
+        {"uid": f"u{i}", "prompt": f"q{i}", "response": t} for i in range(6) for t in ("x" * (9 + i), "y" * 30, "z")
+    ]
+    file.write_text("".join(json.dumps(r) + "\n" for r in [*rows, {"prompt": "alone", "response": "x"}]))
+    assert main([str(file), str(out), "judge.backend=rule", "judge.model=length"]) == 0
+    made = [json.loads(x) for x in out.read_text().splitlines()]
+    assert f"{len(made)} preferences of 6 pairs are in {out}; of 0 pairs" in capsys.readouterr().out
+    cfg = compose(
+        "train", ["algo=reward_model", "dataset=preferences", "dataset.format=jsonl", f"dataset.path={out}"], None
+    )
+    assert len(load_whole(cfg.dataset)) == len(made) > 10
+    for words, said in (
+        ([str(out)], r"^type python -m rlhf_cli\.rewards\.principle_records PAIRS\.jsonl OUT\.jsonl"),
+        (
+            [str(tmp_path / "none"), str(out), "judge.backend=rule"],
+            r"no such file; make it with rlhf generate eval\.samples=2",
+        ),
+        ([str(out), str(out), "judge.backend=rule"], r"line 1: wanted an object with prompt and response$"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            main(words)

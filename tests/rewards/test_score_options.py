@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rlhf_cli import catalog
 from rlhf_cli.compose import compose
 from rlhf_cli.errors import ConfigError
+from rlhf_cli.rollout.sampler import Rollout, Sampler
 from rlhf_cli.verbs import score
 
 ROWS: list[dict[str, Any]] = [
@@ -24,11 +26,12 @@ ROWS: list[dict[str, Any]] = [
 ]
 RULE = ["judge.backend=rule"]
 SETTINGS = {  # what an option needs besides its name
-    **{n: [f"reward.{n}.path=tiny:1"] for n in ("attributes", "intent", "model", "perplexity", "principles", "sentiment")},
+    **{n: [f"reward.{n}.path=tiny:1"] for n in ("attributes", "intent", "model", "perplexity", "principles", "robust_heads", "sentiment")},
     **{n: RULE for n in ("judge", "judge_anchor", "judge_listwise", "judge_pairwise", "judge_pivot", "mpo", "oni", "pair_verdict", "sql_judge")},
     "ensemble": ["reward.ensemble.path=[tiny:1,tiny:2]", "combine=min"],
     "implicit": ["reward.implicit.path=tiny:1", "reward.implicit.reference=tiny:2"],
     "regex": ["reward.regex.pattern=.*"],
+    "self": ["model=tiny_random", "reward.self.votes=1", "reward.self.max_tokens=4"],
 }  # fmt: skip
 LACKING = {  # option -> what it says; records of this kind cannot serve it
     "by_category": r"^reward\.by_category\.path is empty; type reward\.by_category\.path=",
@@ -36,7 +39,6 @@ LACKING = {  # option -> what it says; records of this kind cannot serve it
     "http": r"^reward\.http\.url is empty; type reward\.http\.url=http://",
     "none": r"^score: no reward; type reward=bleu",
     "python": r"^reward\.python\.path is empty; type reward\.python\.path=FILE:FUNCTION$",
-    "self": r"^reward=self asks the policy that is trained, and there is none here",
 }
 SHOWN = {"grue": "rougeL"}  # an option of several components
 MISSING = {  # option -> why every response is missing
@@ -46,6 +48,7 @@ MISSING = {  # option -> why every response is missing
     "ranking_verdict": "map it with dataset.columns.meta.gold", "scores_verdict": "map it with dataset.columns.meta.better",
     "sql_execution": "map dataset.columns.meta.database", "sql_judge": "map dataset.columns.meta.database",
     "sql_partial": "map dataset.columns.meta.database",
+    "self": "the policy's",  # a random model writes no grade
 }  # fmt: skip
 
 
@@ -89,8 +92,20 @@ def test_one_command_scores_or_says_what_is_lacking(name: str, file: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "name", ["attributes", "by_category", "ensemble", "implicit", "model", "perplexity", "principles"]
+    "name", ["attributes", "by_category", "ensemble", "implicit", "model", "perplexity", "principles", "robust_heads"]
 )
 def test_a_model_that_nobody_named_is_told_by_its_own_key(name: str, file: Path) -> None:
     with pytest.raises(ConfigError, match=rf"^reward\.{name}\.path is empty; type '?reward\.{name}\.path="):
         scored(file, f"reward={name}")
+
+
+def test_the_policy_grades_recorded_responses(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`model.path` is asked: a policy that gives the same grade to whatever it reads."""
+
+    def sample(self: Sampler, prompts: Any, k: int, seeds: Any, decoding: Any = None, done: Any = None) -> Rollout:
+        ids = [self.tokenizer("Fine.\nScore: 3")["input_ids"]] * (len(prompts) * k)
+        return Rollout(ids, torch.zeros(len(ids), 1), torch.zeros(len(ids), dtype=torch.bool))
+
+    monkeypatch.setattr(Sampler, "sample", sample)
+    text, rows = scored(file, "reward=self", "model=tiny_random")
+    assert [r["score"] for r in rows] == [3.0] * 4 and "every sample scores 3" in text

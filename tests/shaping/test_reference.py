@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_cli.credit import group_norm, leave_one_out
-from rlhf_cli.shaping import ceil, centered, length_penalty, lsc, lsc_canned, par, relative_length, sgfc, squash, whiten
+from rlhf_cli.shaping import Whiten, ceil, centered, length_penalty, lsc, lsc_canned, par, relative_length, sgfc, squash
 from rlhf_cli.shaping.reference import POLY, reference_level
 
 F = torch.float64
@@ -149,7 +149,7 @@ def test_group_normalisation_by_hand() -> None:
 
 def test_affine_shapers_are_erased_and_others_are_not() -> None:
     refs = torch.tensor([[0.0, 5.0]], dtype=F).expand(4, 2)
-    for same in (centered(R, refs), whiten(R, center=True, eps=1e-8), 3 * R + 100):
+    for same in (centered(R, refs), Whiten(center=True, eps=1e-8)(R), 3 * R + 100):
         assert advantage(same) == pytest.approx(advantage(R), abs=1e-6)
     for other in (par(R, refs, kind="sigmoid", k=1.0), lsc(R, refs, level="mean", quantile=0.5), ceil(R, high=3.0)):
         assert advantage(other) != pytest.approx(advantage(R), abs=0.05)
@@ -161,15 +161,19 @@ def test_affine_shapers_are_erased_and_others_are_not() -> None:
 
 
 def test_whitening_equal_scores_gives_exactly_zero() -> None:
-    assert whiten(torch.full((3,), 0.1), center=True, eps=1e-8).eq(0).all()
-    assert whiten(R, center=True, eps=0.0).std().item() == pytest.approx(1)
-    kept = whiten(R, center=False, eps=0.0)
+    assert Whiten(center=True, eps=1e-8)(torch.full((3,), 0.1)).eq(0).all()
+    assert Whiten(center=True, eps=0.0)(R).std().item() == pytest.approx(1)
+    kept = Whiten(center=False, eps=0.0)(R)
     assert kept.mean().item() == pytest.approx(3.5) and kept.std().item() == pytest.approx(1)
 
 
 def test_length_penalties_by_hand() -> None:
     mask = torch.arange(10) < torch.tensor([2, 6, 10, 4])[:, None]
-    assert length_penalty(torch.ones(4), mask, rate=0.1, free=5).tolist() == pytest.approx([1, 0.9, 0.5, 1])
+    assert length_penalty(torch.ones(4), mask, rate=0.1, free=5, most=None).tolist() == pytest.approx([1, 0.9, 0.5, 1])
+    # a bonus of 0.1 for each of at most 3.5 tokens beyond the second: 0, 0.35 (of 4), 0.35 (of 8), 0.2
+    assert length_penalty(torch.ones(4), mask, rate=-0.1, free=2, most=3.5).tolist() == pytest.approx(
+        [1, 1.35, 1.35, 1.2]
+    )
     # lengths 2, 6, 10 in one group: 1/2 - 0, 1/2 - 1/2, 1/2 - 1; a wrong row gets no bonus, and a group of one length nothing
     group = torch.tensor([0, 0, 0, 1])
     score = torch.tensor([1.0, 1.0, 1.0, 1.0])
