@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_cli.errors import ConfigError, GateError
+from rlhf_cli.exits import DONE, FAILED, GATE, INTERRUPTED, WRONG_INPUT
 from rlhf_cli.record.redact import hide_secrets
 from rlhf_cli.usage import VERBS, main_help, verb_help
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 WORKING = ("train", "resume", "eval", "generate", "score", "merge")  # verbs that do more than print
-DONE, WRONG_INPUT, GATE, INTERRUPTED = 0, 2, 3, 130
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ def doctor(request: Request) -> int:
     at_most_one(Request(request.verb, [*request.words, ""]), "")
     text, healthy = report()
     print(text)
-    return DONE if healthy else 1
+    return DONE if healthy else FAILED
 
 
 def completion(request: Request) -> int:

@@ -23,6 +23,7 @@ from rlhf_cli.data.record import Record
 from rlhf_cli.engine.comm import Comm
 from rlhf_cli.errors import ConfigError, GateError
 from rlhf_cli.models import loading
+from rlhf_cli.record.rundir import PREPASS
 from rlhf_cli.rewards.nodes import PATHS, RESERVED, reward_nodes
 from rlhf_cli.sample import Sample
 from rlhf_cli.sources.assemble import sample_of, texts_of
@@ -30,7 +31,6 @@ from rlhf_cli.sources.sampled import draw, early, row_seed
 from rlhf_cli.stages import score_sharded
 from rlhf_cli.types import Experience, Scorer, Scores
 
-FILE = "prepass.jsonl"
 CHUNK = 16  # prompts between two writes; the number of rows decoded together follows from it, so it is no setting
 Line = dict[str, Any]
 
@@ -152,7 +152,7 @@ class Prepass:
         """The whole lines of the file, checked; a new file gets its header. Half a line, of a writer that was killed, is cut off."""
         if not self.path.exists():
             if self.given:
-                raise ConfigError(f"prepass.path: no file {self.path}; give a run that made one, or its {FILE}")
+                raise ConfigError(f"prepass.path: no file {self.path}; give a run that made one, or its {PREPASS}")
             _append(self.path, [self.header])
             return []
         text = self.path.read_bytes()
@@ -239,7 +239,7 @@ def refuse(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: Path) -> No
 def file_of(path: str) -> Path:
     """The file that `prepass.path` means: a run stands for its own."""
     found = Path(path).expanduser()
-    return found / FILE if found.is_dir() else found
+    return found / PREPASS if found.is_dir() else found
 
 
 def read(path: Path) -> Iterator[Line]:
@@ -323,7 +323,7 @@ def make_prepass(
     """From the configuration."""
     _refuse_memory(cfg, scorer)
     given = bool(cfg.prepass.path)
-    own = (folder or Path(cfg.run.dir) / cfg.run.name) / FILE
+    own = (folder or Path(cfg.run.dir) / cfg.run.name) / PREPASS
     k = plan_reward.drawn(cfg)
     header = {**fingerprint(cfg), "samples": k}
     return Prepass(

@@ -22,6 +22,7 @@ from rlhf_cli.config import build, load_config
 from rlhf_cli.engine.comm import Comm, seed_all, start
 from rlhf_cli.engine.memory import keep_freed_memory, out_of_memory
 from rlhf_cli.errors import ConfigError, GateError
+from rlhf_cli.exits import DONE, GATE, STOPPED, WRONG_INPUT
 from rlhf_cli.launch.stop import Stop
 from rlhf_cli.loop import train
 from rlhf_cli.plan import HEADS
@@ -40,7 +41,6 @@ from rlhf_cli.rollout.builtin import decoding_of
 from rlhf_cli.types import Run
 from rlhf_cli.wiring import Parts, make_run
 
-PREEMPTED = 75  # exit status: stopped by a signal after a checkpoint; start it again to go on
 SAMPLES_PER_STEP = 8
 
 
@@ -119,6 +119,7 @@ class Session:
 
     def _asked(self) -> bool:
         """Whether a signal asked any rank to stop."""
+        self.record.heartbeat.beat()
         asked = self.comm.any(bool(self.stop.signal))
         if asked and not self.stop.signal:
             self.stop.signal = "another rank's signal"
@@ -161,6 +162,7 @@ class Session:
         self.comm.barrier()
         if self.lead:
             checkpoint.commit(aside, step, self.cfg.checkpoint.keep)
+            self._begun()
         self.comm.barrier()
 
     def _resume(self) -> int:
@@ -189,18 +191,17 @@ class Session:
         return self._at
 
     def _find(self) -> tuple[str | None, list[str]]:
-        if self.cfg.resume not in ("auto", "never"):
-            problem = checkpoint.verify(Path(self.cfg.resume))
-            if problem:
-                raise ConfigError(
-                    f"resume={self.cfg.resume}: {problem}; type resume=auto for the newest valid checkpoint"
-                )
-            folder = Path(self.cfg.resume)
-            return str(folder), checkpoint.set_aside_after(self.rundir.checkpoints, checkpoint.step_of(folder))
-        if self.cfg.resume == "never":
-            return None, []
-        path, notes = checkpoint.newest_valid(self.rundir.checkpoints)
+        """Where to begin. What was asked for counts once: a later start goes on with the line that this one begins."""
+        own = self.rundir.checkpoints
+        path, notes = checkpoint.starting_point(own, self.cfg.resume)
+        if path is None or checkpoint.is_in(path, own):  # another run's is needed again until there is one of this run
+            self._begun()
         return (str(path) if path else None), notes
+
+    def _begun(self) -> None:
+        if self.cfg.resume != "auto":
+            self.cfg.resume = "auto"
+            self.rundir.save_config(self._plain_config())
 
     def _restore_rng(self, folder: Path) -> None:
         path = folder / f"rng-rank-{self.comm.rank}.json"
@@ -340,7 +341,7 @@ def _watched(rundir: RunDir, stop: Stop, rank: int, output: Both | None) -> int:
     if rank == 0 and ended == "preempted":
         text = f"stopped by {stop.signal} after {session._at} steps; go on with: rlhf resume {rundir.path}"
         print(text, flush=True)
-    return PREEMPTED if ended == "preempted" else 0
+    return STOPPED if ended == "preempted" else DONE
 
 
 def _plainly(e: BaseException, run: Path) -> BaseException:
@@ -390,7 +391,7 @@ def entry(rundir: RunDir, stop: Stop) -> int:
         return main(rundir, stop)
     except (ConfigError, GateError) as e:
         print(f"rlhf: error: {' '.join(hide_secrets(str(e)).split())}", file=sys.stderr, flush=True)
-        return 3 if isinstance(e, GateError) else 2
+        return GATE if isinstance(e, GateError) else WRONG_INPUT
 
 
 if __name__ == "__main__":

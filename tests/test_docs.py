@@ -133,6 +133,22 @@ def test_commands_that_are_not_run_compose(page: Path) -> None:
 
 
 @each_page
+def test_commands_inside_sentences_can_be_typed(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those without a placeholder: `train` and `plan` compose, `show` and `list` answer."""
+    from rlhf_cli.compose import compose
+    from rlhf_cli.plan import validate
+
+    for text in re.findall(r"`rlhf ([a-z]+(?: [a-z0-9+][a-z0-9_.=,/@+-]*)*)`", page.read_text(encoding="utf-8")):
+        verb, *words = text.split()
+        if "..." in text or words == ["algo=pppo"]:  # an example of a typo
+            continue
+        if verb in ("train", "plan"):
+            validate(compose("train", words, None))
+        elif verb in ("show", "list"):
+            assert cli.main([verb, *words]) == 0, f"rlhf {text}: {capsys.readouterr().err}"
+
+
+@each_page
 def test_verbs_groups_options_and_keys_exist(page: Path) -> None:
     """Inside code: every `rlhf VERB` is one, every GROUP=OPTION too, every dotted key has a first part that is a section."""
     text = page.read_text(encoding="utf-8")

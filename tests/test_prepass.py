@@ -14,7 +14,8 @@ from rlhf_cli.data.record import Record
 from rlhf_cli.engine.comm import Comm
 from rlhf_cli.errors import ConfigError, GateError
 from rlhf_cli.models.tiny import tiny_tokenizer
-from rlhf_cli.prepass import FILE, Prepass, References, fingerprint, read, refuse
+from rlhf_cli.prepass import Prepass, References, fingerprint, read, refuse
+from rlhf_cli.record.rundir import PREPASS
 from rlhf_cli.rewards.combine import Combined
 from rlhf_cli.rollout.choose import Decoding
 from rlhf_cli.rollout.sampler import Rollout
@@ -48,7 +49,7 @@ def letters(samples: list[Sample], group: torch.Tensor) -> Scores:
 
 
 def make(folder: Path, **changes: Any) -> Prepass:
-    settings: dict[str, Any] = {"samples": 3, "seed": 5, "path": folder / FILE, "header": HEADER}
+    settings: dict[str, Any] = {"samples": 3, "seed": 5, "path": folder / PREPASS, "header": HEADER}
     return Prepass(RECORDS, [[1]] * 5, Echo(), letters, COMM, **settings | changes)
 
 
@@ -67,13 +68,13 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_killed_in_the_middle_goes_on_and_ends_with_the_same_file(tmp_path: Path) -> None:
     whole, other = make(tmp_path), tmp_path / "other"
     assert go(whole) == ["prepass: 3 responses of the initial policy to each of 5 prompts"]
-    text = (tmp_path / FILE).read_bytes()
+    text = (tmp_path / PREPASS).read_bytes()
     lines = text.splitlines(keepends=True)
     other.mkdir()
-    (other / FILE).write_bytes(b"".join(lines[:3]) + lines[3][:9])  # header, two prompts, half a line
+    (other / PREPASS).write_bytes(b"".join(lines[:3]) + lines[3][:9])  # header, two prompts, half a line
     again = make(other)
     assert go(again) == ["prepass: 3 responses of the initial policy to each of 3 prompts; 2 are there already"]
-    assert (other / FILE).read_bytes() == text and len(again.sampler.asked) == 9
+    assert (other / PREPASS).read_bytes() == text and len(again.sampler.asked) == 9
     assert go(make(other), at=7) == [], "nothing is left to do"
 
 
@@ -82,13 +83,13 @@ def test_a_signal_stops_between_chunks(tmp_path: Path) -> None:
     answers = iter([False, True])
     made = make(tmp_path)
     assert not made.run(0, lambda: next(answers), lambda text: None)
-    assert len((tmp_path / FILE).read_text().splitlines()) == 3, "header and a chunk of two"
+    assert len((tmp_path / PREPASS).read_text().splitlines()) == 3, "header and a chunk of two"
 
 
 def test_lookup_by_prompt_with_missing_scores(tmp_path: Path) -> None:
     made = make(tmp_path)
     go(made)
-    lines = {line["uid"]: line for line in read(tmp_path / FILE)}
+    lines = {line["uid"]: line for line in read(tmp_path / PREPASS)}
     found = made.references().lookup([Sample("", "", uid="u3"), Sample("", "", uid="u0")], ["b", "a"])
     for row, uid in enumerate(("u3", "u0")):
         want = [float("nan") if x is None else x for x in lines[uid]["scores"]["a"]]
@@ -129,10 +130,10 @@ def test_spread_is_around_the_prompts_mean() -> None:
 
 def test_another_runs_file_is_read_and_never_written(tmp_path: Path) -> None:
     go(make(tmp_path))
-    text = (tmp_path / FILE).read_bytes()
+    text = (tmp_path / PREPASS).read_bytes()
     fewer = make(tmp_path, given=True, samples=2, header={**HEADER, "samples": 2})
     assert go(fewer) == [] and fewer.references().length.shape == (5, 2) and not fewer.sampler.asked
-    assert (tmp_path / FILE).read_bytes() == text
+    assert (tmp_path / PREPASS).read_bytes() == text
     with pytest.raises(ConfigError, match=r"lacks 1 of 6 training prompts; type prepass\.path= to make it anew"):
         made = make(tmp_path, given=True)
         made.records = [*RECORDS, Record((), "", uid="u9")]
@@ -140,7 +141,7 @@ def test_another_runs_file_is_read_and_never_written(tmp_path: Path) -> None:
 
 
 def test_what_made_the_file_must_be_what_the_run_has(tmp_path: Path) -> None:
-    path = tmp_path / FILE
+    path = tmp_path / PREPASS
     for key, word in (("model", "weights"), ("reward", "a"), ("decoding", "t")):
         with pytest.raises(ConfigError) as e:
             refuse({**HEADER, key: {word: 2}}, HEADER, path)
@@ -184,7 +185,7 @@ def test_a_canned_answer_is_scored_once_per_prompt_and_nothing_else_is_drawn(tmp
     made = make(tmp_path, samples=0, canned="denied", header=header)
     go(made)
     assert not made.sampler.asked
-    head, *lines = [json.loads(x) for x in (tmp_path / FILE).read_text().splitlines()]
+    head, *lines = [json.loads(x) for x in (tmp_path / PREPASS).read_text().splitlines()]
     assert (
         head == header
         and all(x["canned"] == {"a": 3.0, "b": -3.0} and x["responses"] == [] for x in lines)
@@ -200,8 +201,8 @@ def test_a_canned_answer_is_scored_once_per_prompt_and_nothing_else_is_drawn(tmp
     with pytest.raises(
         ConfigError, match=r"scored another canned answer; type prepass\.path= to make one for this run$"
     ):
-        refuse(header, {**header, "canned": "no"}, tmp_path / FILE)
-    refuse({**HEADER, "canned": "denied"}, HEADER, tmp_path / FILE)  # a run that compares with none may use it
+        refuse(header, {**header, "canned": "no"}, tmp_path / PREPASS)
+    refuse({**HEADER, "canned": "denied"}, HEADER, tmp_path / PREPASS)  # a run that compares with none may use it
 
 
 def test_a_function_with_a_memory_is_no_measure_of_references(tmp_path: Path) -> None:

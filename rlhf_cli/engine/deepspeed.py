@@ -26,6 +26,7 @@ from rlhf_cli.engine.masters import MasterEngine
 from rlhf_cli.errors import ConfigError, GateError
 from rlhf_cli.inject import call, needs
 from rlhf_cli.models.heads import stage_inputs
+from rlhf_cli.pulse import alive
 from rlhf_cli.types import COLUMNS, Experience, Update
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -57,8 +58,8 @@ class DeepSpeedEngine:
         self.moved = False  # the last step changed weights
         self._finite: list[Tensor] = []
         trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        # Without ZeRO, DeepSpeed's bf16 would accumulate gradients in bf16. Its stage 1 keeps them in fp32, by copies of all of them.
-        own = setup.bf16 and setup.zero == 0 and setup.offload == "none" and not setup.extra
+        # Without ZeRO, DeepSpeed's bf16 would accumulate gradients in bf16; its stage 1 keeps them in fp32, by copies of all of them.
+        own = setup.zero == 0 and setup.offload == "none" and not setup.extra
         self.stage = 1 if setup.bf16 and setup.zero == 0 and not own else setup.zero
         if own:
             self.engine: Any = MasterEngine(module, partial(_adamw, setup), setup.clip, comm.world)
@@ -166,6 +167,7 @@ class DeepSpeedEngine:
         for name, p in self.engine.module.named_parameters():
             with deepspeed.zero.GatheredParameters([p]) if self.stage == 3 else nullcontext():
                 yield name, p.detach()
+            alive()
         yield from self.engine.module.named_buffers()
 
     def save(self, folder: Path) -> dict[str, Any]:
@@ -177,6 +179,7 @@ class DeepSpeedEngine:
             whole = {}
             for name, p in self.trained.items():
                 value = self._read(p, part)
+                alive()
                 if self.comm.rank == 0:
                     whole[name] = value.detach().cpu().contiguous()
             if self.comm.rank == 0:

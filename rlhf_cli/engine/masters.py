@@ -1,4 +1,4 @@
-"""bf16 training without ZeRO: fp32 master weights, one fp32 buffer that gradients are added into as they come, and AdamW on both."""
+"""Training without ZeRO: one flat fp32 tensor of weights, one that gradients are added into as they come, and AdamW on both."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 
 class MasterEngine:
-    """What a `DeepSpeedEngine` asks of DeepSpeed's engine, for low-precision weights that every rank holds whole.
+    """What a `DeepSpeedEngine` asks of DeepSpeed's engine, for weights that every rank holds whole.
 
     A parameter's gradient is added to its part of the buffer and freed as soon as a backward pass has made it, so neither all
-    low-precision gradients nor fp32 copies of them ever exist.
+    low-precision gradients nor fp32 copies of them ever exist. Low-precision weights are rounded from the flat tensor; others lie in it.
 
     Args:
         module: whose parameters are trained where they require a gradient.
@@ -29,11 +29,14 @@ class MasterEngine:
         self.module, self.clip, self.world = module, clip, world
         self.trained = [p for p in module.parameters() if p.requires_grad]
         size = sum(p.numel() for p in self.trained)
-        self.flat = nn.Parameter(torch.empty(size, dtype=torch.float32, device=self.trained[0].device))
+        wide = torch.float64 if any(p.dtype == torch.float64 for p in self.trained) else torch.float32
+        self.flat = nn.Parameter(torch.empty(size, dtype=wide, device=self.trained[0].device))
         self.flat.grad = torch.zeros_like(self.flat)
         self.masters, self._grads = self.views(self.flat.detach()), self.views(self.flat.grad)
         for p, master in self.masters.items():
             master.copy_(p.detach())
+            if p.dtype == wide:
+                p.data = master
         self.optimizer = make_optimizer([self.flat])
         self._made: set[nn.Parameter] = set()  # whose gradient is in the buffer; what else it holds is of the last step
         self._norm = 0.0
@@ -67,7 +70,7 @@ class MasterEngine:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Average over ranks, clip, step, and round the new weights."""
+        """Average over ranks, clip, step, and round the new weights where they are of lower precision."""
         for p in self.trained:
             if p not in self._made:
                 self._grads[p].zero_()
@@ -83,7 +86,8 @@ class MasterEngine:
             grad *= (self.clip / (norm + 1e-6)).clamp(max=1.0)
         self.optimizer.step()
         for p, master in self.masters.items():
-            p.copy_(master)
+            if p.dtype != master.dtype:
+                p.copy_(master)
 
     def get_global_grad_norm(self) -> float:
         """2-norm of the last step's gradient before clipping."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlhf_cli.inject import call, is_rowwise, is_weighted_by_advantage, needs
 from rlhf_cli.models.packing import packed_size
+from rlhf_cli.pulse import alive
 from rlhf_cli.types import OUTPUTS, Experience, Term
 
 Outs = dict[str, Tensor]
@@ -84,6 +85,7 @@ def single_pass(terms: Sequence[Term], exp: Experience, batches: Batches, forwar
         losses = term_losses(terms, part, complete(part, near), [w[index] for w in weights])
         loss = torch.stack(list(losses.values())).sum()
         backward(loss if rows is not None else loss * 0, i == len(batches) - 1)
+        alive()
         if rows is not None:
             found.append((rows, outs))
     return collect(found, exp, names=outs)  # a rank without rows has the same columns, all zero
@@ -110,12 +112,16 @@ def two_pass(
             ]
         ).sum()
         backward(share if rows is not None else share * 0, i == len(batches) - 1)
+        alive()
 
 
 def infer(exp: Experience, batches: Batches, forward: Forward) -> Outs:
     """Outputs of this rank's rows without gradient, zero on other rows."""
+    done = []
     with torch.no_grad():
-        done = [(rows, forward(exp, torch.zeros(1, dtype=torch.int64) if rows is None else rows)) for rows in batches]
+        for rows in batches:
+            done.append((rows, forward(exp, torch.zeros(1, dtype=torch.int64) if rows is None else rows)))
+            alive()
     return collect([(rows, outs) for rows, outs in done if rows is not None], exp, names=done[0][1] if done else {})
 
 

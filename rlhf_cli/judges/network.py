@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
+from rlhf_cli.pulse import alive
+
 T = TypeVar("T")
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds before a second attempt, doubled for each further one
 LONGEST_ASKED = 120.0  # seconds that an endpoint may ask us to wait
@@ -74,6 +76,7 @@ class Network:
             try:
                 async with self._slots:
                     found = await asyncio.wait_for(call(), self.limits.timeout)
+                alive()
                 return found, n, time.perf_counter() - began
             except TimeoutError:
                 failed = Again(f"no answer within {self.limits.timeout:g} s ({self.limits.named})")
@@ -81,6 +84,7 @@ class Network:
                 failed = e
             if n < self.limits.retries:
                 await self._pause(self.wait(n, failed.after))
+        alive()  # no answer is one too
         tries = self.limits.retries + 1
         raise Again(f"{failed}; tried {tries} times" if tries > 1 else str(failed))
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.launch import queue
-from rlhf_cli.record.rundir import RunDir, now
+from rlhf_cli.launch.stop import undisturbed
+from rlhf_cli.record.rundir import RunDir, born, now
 
 MOMENT = 0.2  # seconds after which a writer that was seen has written who it is, or is gone
 
@@ -24,17 +25,22 @@ def cancel(rundir: RunDir) -> str:
         raise ConfigError(f"cancel: job {job} of {rundir.path}: SLURM does not answer here; type this on the cluster")
     found = jobs.get(job)
     if found and (found.waiting or found.active):
-        before = rundir.job()
-        rundir.write_json("job.json", before | {"cancelled": now()})  # read by its ranks: do not requeue
-        try:
-            queue.cancel(job)
-        except ConfigError:
-            rundir.write_json("job.json", before)
-            raise
+        with undisturbed():  # the mark without the cancelling would keep a job that goes on from its requeue
+            _cancel(rundir, job)
         return f"cancelled job {job}; to go on later: rlhf resume {rundir.path}"
     if not rundir.writer():
         raise ConfigError(f"cancel: nobody works on {rundir.path}; rlhf runs shows what it is")
     return _ask(rundir)
+
+
+def _cancel(rundir: RunDir, job: str) -> None:
+    before = rundir.job()
+    rundir.write_json("job.json", before | {"cancelled": now()})  # read by its ranks: do not requeue
+    try:
+        queue.cancel(job)
+    except ConfigError:
+        rundir.write_json("job.json", before)
+        raise
 
 
 def _ask(rundir: RunDir) -> str:
@@ -58,9 +64,11 @@ def _writer(rundir: RunDir) -> dict[str, Any] | None:
     for wait in (0.0, MOMENT):
         time.sleep(wait)
         try:
-            return json.loads((rundir.path / ".lock").read_text(encoding="utf-8"))
+            who = json.loads((rundir.path / ".lock").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
+        if who["host"] != socket.gethostname() or "born" not in who or born(who["pid"]) == who["born"]:
+            return who  # else the one before, which was killed
     if rundir.writer():
         raise ConfigError(f"cancel: {rundir.path} is just starting; type it again")
     return None

@@ -19,6 +19,7 @@ from rlhf_cli.launch.nodes import Place, await_config, place_of
 from rlhf_cli.launch.ranks import run_ranks
 from rlhf_cli.launch.stop import Stop
 from rlhf_cli.plan import validate
+from rlhf_cli.record import checkpoint
 from rlhf_cli.record.files import full_disk, write_text_atomic
 from rlhf_cli.record.rundir import RunDir, base_name, busy, name_run
 from rlhf_cli.report.planned import describe
@@ -60,7 +61,10 @@ def resume(path: Path, overrides: list[str]) -> int:
     if not (path / "config.yaml").exists():
         raise ConfigError(f"resume: {path} is no run directory (no config.yaml in it); rlhf resume runs/NAME")
     cfg = load_config(path)
-    cfg.resume = "auto"
+    if (
+        checkpoint.newest_step(rundir.checkpoints) >= 0
+    ):  # else one that began from another's has none, and begins there again
+        cfg.resume = "auto"
     cfg.run.dir, cfg.run.name = str(path.parent), path.name  # it may have been moved
     before = OmegaConf.to_container(cfg, resolve=True)
     if overrides:
@@ -75,6 +79,13 @@ def resume(path: Path, overrides: list[str]) -> int:
         print(f"rlhf: {path} is finished ({cfg.steps} steps); for more, type rlhf resume {path} steps=N", flush=True)
         return 0
     return launcher(cfg, lambda: _reopen(rundir, cfg, before))
+
+
+def repeated(cfg: Any, task: step.Step) -> str:
+    """`resume` of a command that a requeued job types again: what the run says, since what was asked for may be done."""
+    rundir = RunDir(Path(cfg.run.dir) / cfg.run.name)
+    begun = task.restarts and rundir.job().get("job") == task.job
+    return load_config(rundir.path).resume if begun else cfg.resume
 
 
 @contextmanager
@@ -242,6 +253,7 @@ class Local:
                 os.environ.setdefault("RLHF_ARGV", step.argv())
             step.warn_of_waiting(task)
             cfg.run.name = cfg.run.name or base_name(cfg.names, f"job{task.job}")  # a requeued job finds it again
+            cfg.resume = repeated(cfg, task)
             return step.run(cfg, task, freeze, Stop())
         place = place_of(cfg)
         if place.node_rank:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.errors import ConfigError
+from rlhf_cli.exits import DONE, STOPPED
 from rlhf_cli.hardware import free_port
 from rlhf_cli.record.rundir import RunDir
 
@@ -149,7 +150,7 @@ class Others:
     def failed(self) -> bool:
         """Whether a machine could not be reached, or its ranks failed; `problem` says it."""
         for n, (host, ssh) in enumerate(self._started.items(), 1):
-            if ssh.poll() not in (None, 0, 75) and not self.problem:
+            if ssh.poll() not in (None, DONE, STOPPED) and not self.problem:
                 self.problem = (
                     f"machine {n} ({host}) ended with status {ssh.returncode}; see {self.rundir.logs}/node-{n}.log"
                 )

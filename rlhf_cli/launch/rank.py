@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from rlhf_cli.exits import DONE, STOPPED
 from rlhf_cli.launch.stop import SIGNALS, Stop, die_with_parent
 from rlhf_cli.record.heartbeat import DUMP_TIME, STACKS
 from rlhf_cli.record.rundir import RunDir
@@ -27,10 +28,10 @@ def main(path: Path) -> int:
     worker = os.fork()
     if worker == 0:
         die_with_parent()
-        from rlhf_cli.worker import PREEMPTED, entry
+        from rlhf_cli.worker import entry
 
         code = entry(RunDir(path), stop)
-        return 0 if code == PREEMPTED else code  # DeepSpeed's launcher would end ranks that still close their files
+        return DONE if code == STOPPED else code  # DeepSpeed's launcher would end ranks that still close their files
     return keep(worker, RunDir(path), int(os.environ["RANK"]))
 
 

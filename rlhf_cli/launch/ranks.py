@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.errors import ConfigError, GateError
+from rlhf_cli.exits import FAILED, INTERRUPTED, STOPPED
 from rlhf_cli.launch.child import bound
 from rlhf_cli.launch.nodes import Others, Place
 from rlhf_cli.launch.stop import Stop
 from rlhf_cli.record.rundir import RunDir
 
-PREEMPTED, FAILED, INTERRUPTED = 75, 1, 130  # exit statuses
 POLL = 0.2  # seconds
 GRACE = 5.0  # seconds that ranks get to end by themselves after one on another machine failed
 # What a rank says when another one is gone: never the cause.
@@ -124,14 +124,14 @@ def _explain(
     """The exit status, or the first failing rank's error. `before`: the status when the ranks started."""
     status = rundir.status()
     if status.get("status") == "preempted" and status != before:
-        return PREEMPTED
+        return STOPPED
     if code == 0 and not problem:
         return 0
     silent, before_it = silence(rundir, errors)
     first = first_failure(before_it)
     if first is None:
         text = silent or problem or f"the ranks ended with status {code}; see {rundir.logs}/*.log"
-        return _tell_user(rundir, place, text, PREEMPTED if silent else FAILED)
+        return _tell_user(rundir, place, text, STOPPED if silent else FAILED)
     rank, kind, text = first
     if kind in ("ConfigError", "GateError"):
         _set_failed(rundir, place, f"{kind}: {text}")

@@ -16,7 +16,7 @@ from typing import Any
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.launch import queue, step
 from rlhf_cli.launch.stop import undisturbed
-from rlhf_cli.record.rundir import RunDir, now
+from rlhf_cli.record.rundir import RunDir
 
 LIMIT = re.compile(r"(?:(?P<d>\d+)-)?(?P<a>\d+)(?::(?P<b>\d\d?))?(?::(?P<c>\d\d?))?")
 OWN = ("nodes", "ntasks-per-node", "gpus-per-node", "time", "output", "error", "array", "signal", "job-name")
@@ -109,7 +109,7 @@ class Slurm:
             except Exception as e:  # sbatch's own words, behind submitit's
                 raise ConfigError(f"SLURM refused the job: {_words(e)}") from e
             said = f"submitted job {job}"
-        rundir.write_json("job.json", {"job": job, "time": now()})
+        rundir.set_job(job)
         return said
 
     def script(self, cfg: Any) -> str:

@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,16 +18,21 @@ from omegaconf import OmegaConf
 
 from rlhf_cli.config import load_config
 from rlhf_cli.errors import ConfigError
+from rlhf_cli.exits import STOPPED
 from rlhf_cli.hardware import free_port, resolve_hardware
 from rlhf_cli.launch import queue
 from rlhf_cli.launch.stop import Stop
+from rlhf_cli.record import checkpoint
+from rlhf_cli.record.files import size
 from rlhf_cli.record.output import logged
-from rlhf_cli.record.rundir import RunDir, now
+from rlhf_cli.record.rundir import RunDir
 
-PREEMPTED = 75
 FIRST_PORT, PORTS = 15_000, 15_000  # below the range that systems deal out
 STEP_APART = 101  # ports between two steps of one job, which may run side by side
 PATIENCE = 60.0  # seconds that the command which submitted a job gets to write that down
+PAUSES = (0.0, 5.0, 15.0)  # seconds before each try to requeue
+IDLE_TRIES = 2  # that came to their time limit without anything to go on from
+LIMIT = "SIGUSR1"  # what SLURM sends before the time limit, as launcher=slurm asks it to
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ def submitted(path: str, max_requeues: int) -> None:
     step = here()
     assert step is not None, "runs inside a job only"
     rundir, stop = RunDir(path), Stop()
-    stop.told = lambda _: _give_up_early(rundir, step, max_requeues)  # until the session listens
+    stop.told = lambda name: _give_up_early(rundir, step, max_requeues, name)  # until the session listens
     cfg = load_config(rundir.path)
     OmegaConf.update(cfg, "hardware", hardware(cfg, step), merge=True)
     code = run(cfg, step, lambda: _frozen(cfg, rundir), stop, max_requeues)
@@ -116,8 +122,8 @@ def run(cfg: Any, step: Step, freeze: Callable[[], RunDir], stop: Stop, max_requ
     rundir = claimed or RunDir(path)
     code = worker.entry(rundir, stop)
     rundir.release()
-    if code == PREEMPTED and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
-        return _requeued(rundir, step, max_requeues)
+    if code == STOPPED and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
+        return _requeued(rundir, step, max_requeues, stop.signal)
     return code
 
 
@@ -152,7 +158,7 @@ def _attempt(freeze: Callable[[], RunDir], step: Step) -> tuple[RunDir | None, s
     except Exception as e:
         return None, str(e) or type(e).__name__
     if rundir.job().get("job") != step.job:
-        rundir.write_json("job.json", {"job": step.job, "time": now()})
+        rundir.set_job(step.job)
     for old in (*rundir.errors(), rundir.silent):  # of an earlier try
         old.unlink(missing_ok=True)
     return rundir, ""
@@ -177,20 +183,21 @@ def _frozen(cfg: Any, rundir: RunDir) -> RunDir:
     return rundir
 
 
-def _requeued(rundir: RunDir, step: Step, max_requeues: int) -> int:
+def _requeued(rundir: RunDir, step: Step, max_requeues: int, signal: str) -> int:
     """Back into the queue by rank 0; the others just end. Returns the exit status."""
     if step.rank:
         return 0
     with logged(rundir.logs / "rank-0.log", shown=True):
-        why = _why_not(rundir, step, max_requeues)
+        why = _why_not(rundir, step, max_requeues, signal)
         if why:
             print(f"not requeued: {why}; go on with: rlhf resume {rundir.path}", flush=True)
-            return PREEMPTED
+            return STOPPED
         print(f"requeued job {step.job} ({step.restarts + 1} of at most {max_requeues} times)", flush=True)
         return 0
 
 
-def _why_not(rundir: RunDir, step: Step, max_requeues: int) -> str:
+def _why_not(rundir: RunDir, step: Step, max_requeues: int, signal: str) -> str:
+    """Put the job back into the queue. Returns why that was not done, or an empty string."""
     if rundir.job().get("cancelled"):
         return "cancelled"
     state = (queue.jobs([step.job]) or {}).get(step.job)
@@ -198,13 +205,37 @@ def _why_not(rundir: RunDir, step: Step, max_requeues: int) -> str:
         return f"the job is {state.state.lower()}"
     if step.restarts >= max_requeues:
         return f"launcher.max_requeues={max_requeues}"
-    return queue.requeue(step.job)
+    if signal == LIMIT and _idle(rundir) >= IDLE_TRIES:
+        return f"{IDLE_TRIES} tries came to their time limit before their first step was done; raise launcher.time"
+    return _requeue(step.job)
 
 
-def _give_up_early(rundir: RunDir, step: Step, max_requeues: int) -> None:
+def _idle(rundir: RunDir) -> int:
+    """How many tries in a row, this one included, came to their time limit and left nothing new to go on from."""
+    job, reached = rundir.job(), [checkpoint.newest_step(rundir.checkpoints), size(rundir.prepass)]
+    idle = job.get("idle", 0) + 1 if job.get("reached", [-1, 0]) == reached else 0
+    rundir.write_json("job.json", job | {"reached": reached, "idle": idle})
+    return idle
+
+
+def _requeue(job: str) -> str:
+    """Ask SLURM to requeue a job; again where it was too busy to answer, while the job still runs. Returns why it did not."""
+    why = ""
+    for pause in PAUSES:
+        time.sleep(pause)
+        why = queue.requeue(job)
+        state = (queue.jobs([job]) or {}).get(job) if why else None
+        if not why or (state is not None and state.waiting):  # the answer was lost, not the request
+            return ""
+        if state is not None and state.state != "RUNNING":
+            return why
+    return why
+
+
+def _give_up_early(rundir: RunDir, step: Step, max_requeues: int, signal: str) -> None:
     """A signal before the session listens loses nothing: back into the queue at once."""
     if step.rank == 0:
-        os._exit(_requeued(rundir, step, max_requeues))
+        os._exit(_requeued(rundir, step, max_requeues, signal))
 
 
 def argv() -> str:

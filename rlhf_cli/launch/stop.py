@@ -13,6 +13,11 @@ from rlhf_cli.launch.child import die_with
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 
 
+def to_hear() -> tuple[signal.Signals, ...]:
+    """Those of the signals that a process listens to: under nohup it goes on when its terminal is closed."""
+    return tuple(s for s in SIGNALS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN)
+
+
 class Stop:
     """Remembers that a signal asked this process to stop at the next step boundary; a second Ctrl-C interrupts at once.
 
@@ -22,9 +27,8 @@ class Stop:
     def __init__(self) -> None:
         self.signal = ""
         self.told: Callable[[str], None] = lambda name: None
-        for s in SIGNALS:
-            if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN:  # nohup stays in force
-                signal.signal(s, self._ask)
+        for s in to_hear():
+            signal.signal(s, self._ask)
 
     def _ask(self, number: int, frame: Any) -> None:
         if self.signal and number == signal.SIGINT:

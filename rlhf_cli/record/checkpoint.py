@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.errors import ConfigError
+from rlhf_cli.pulse import alive
 from rlhf_cli.record.files import sync_folder, write_json_atomic
 
 VERSION = 1
@@ -63,7 +64,9 @@ def commit(aside: Path, step: int, keep: int) -> Path:
     for inner in {p.parent for p in aside.rglob("*")}:
         sync_folder(inner)
     if final.exists():
-        os.rename(final, folder / f".old-{final.name}-{os.getpid()}")
+        old = folder / f".old-{final.name}-{os.getpid()}"
+        shutil.rmtree(old, ignore_errors=True)  # of a process that was killed here and had the same number
+        os.rename(final, old)
     os.rename(aside, final)
     sync_folder(folder)
     _prune(folder, step, keep)
@@ -85,6 +88,32 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
         listed = "; ".join(f"{name}: {why}" for name, why in refused)
         raise ConfigError(f"no valid checkpoint in {folder}: {listed}; restore one, or start over with resume=never")
     return None, []
+
+
+def starting_point(folder: Path, asked: str) -> tuple[Path | None, list[str]]:
+    """Where a run begins, and what to say: the newest valid checkpoint (auto), none (never), or the folder that was asked for.
+
+    On purpose everything that belongs to the line that is left is set aside, so that no later start takes it.
+    """
+    if asked == "auto":
+        return newest_valid(folder)
+    if asked == "never":
+        return None, set_aside_after(folder, -1)
+    path = Path(asked)
+    problem = verify(path)
+    if problem:
+        raise ConfigError(f"resume={asked}: {problem}; type resume=auto for the newest valid checkpoint")
+    return path, set_aside_after(folder, step_of(path) if is_in(path, folder) else -1)
+
+
+def newest_step(folder: Path) -> int:
+    """The step of the newest checkpoint, valid or not; -1 where there is none."""
+    return max(map(_step, _checkpoints(folder)), default=-1)
+
+
+def is_in(path: Path, folder: Path) -> bool:
+    """Whether a checkpoint is one of this run's own."""
+    return path.resolve().parent == folder.resolve()
 
 
 def verify(path: Path) -> str | None:
@@ -111,7 +140,7 @@ def step_name(step: int) -> str:
 
 
 def set_aside_after(folder: Path, step: int) -> list[str]:
-    """Rename checkpoints later than `step`, which a resume from it abandons, and say so: no later resume takes them."""
+    """Rename checkpoints later than `step` (-1: all), which a start from it abandons, and say so: no later resume takes them."""
     notes = []
     for path in _checkpoints(folder):
         if _step(path) > step:
@@ -119,7 +148,8 @@ def set_aside_after(folder: Path, step: int) -> list[str]:
             while (aside := folder / f"discarded-{n}-{path.name.lstrip('.')}").exists():
                 n += 1
             os.rename(path, aside)
-            notes.append(f"checkpoint {path.name} is later than the resumed step {step}; set aside as {aside.name}")
+            left = f"is later than the resumed step {step}" if step >= 0 else "belongs to the line that is left"
+            notes.append(f"checkpoint {path.name} {left}; set aside as {aside.name}")
     return notes
 
 
@@ -155,6 +185,7 @@ def _measure(path: Path) -> dict[str, Any]:
     """Size and hash of a file, after it reached the disk."""
     with path.open("rb") as f:
         os.fsync(f.fileno())
+    alive()
     return {"size": path.stat().st_size, "sha256": _sha256(path)}
 
 

@@ -30,6 +30,14 @@ def write_json_atomic(path: Path, obj: Any) -> None:
     write_text_atomic(path, json.dumps(strict(obj), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
+def size(path: Path) -> int:
+    """Bytes of a file; 0 where there is none."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
 def full_disk(e: BaseException, path: Path) -> ConfigError | None:
     """What to say when `e` means that the disk behind the run `path` takes no more; None when it means something else."""
     number, what = getattr(e, "errno", None), str(e)

@@ -15,10 +15,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
+from rlhf_cli import pulse
+from rlhf_cli.exits import STOPPED
 from rlhf_cli.record.files import write_json_atomic
-from rlhf_cli.record.rundir import RunDir, now
+from rlhf_cli.record.rundir import RunDir, born, now
 
-EXIT = 75  # EX_TEMPFAIL: worth another try
 WRITE_EVERY = 10.0  # seconds between files while the phase stays; a change of phase is written within POLL
 POLL = 1.0
 DUMP_TIME = 0.5  # seconds that a process gets to write its stacks
@@ -30,7 +31,7 @@ class Heartbeat:
 
     The silent rank writes logs/silent; the threads of the others see it, dump their own stacks and exit too. A rank whose interpreter lock is
     stuck dumps on SIGQUIT, which another rank of its machine sends, or its keeper; where neither is, a C-level timer ends it at twice the
-    limit (exit 1).
+    limit (exit 1). Silence is no `beat` and no `pulse`, so a phase may take longer than the limit while it gets on.
 
     Args:
         path: the run's folder; logs/heartbeat-rank-N.json and logs/rank-N.stacks go below it.
@@ -56,7 +57,7 @@ class Heartbeat:
         self.file = beat_file(path / "logs", rank)
         self.stacks = RunDir(path).stacks(rank)
         self.silent = RunDir(path).silent
-        self._beat = (time.monotonic(), "start")
+        self._alive, self._phase = time.monotonic(), "start"
         self._stop = threading.Event()
         self._ending = threading.Event()
         self._written = (0.0, "")
@@ -71,13 +72,16 @@ class Heartbeat:
             stacks = self.stacks.open("w", encoding="utf-8")
             faulthandler.register(STACKS, file=stacks, all_threads=True, chain=True)
             self.beat("start")
+            pulse.listen(self.beat)
             self._thread = threading.Thread(target=self._watch, args=(stacks,), name="heartbeat", daemon=True)
             self._thread.start()
         return self
 
     def beat(self, phase: str | None = None) -> None:
         """Say that this rank is alive, in `phase` (None: the one it was in). Costs under a microsecond."""
-        self._beat = (time.monotonic(), self._beat[1] if phase is None else phase)
+        if phase is not None:
+            self._phase = phase
+        self._alive = time.monotonic()
 
     def give_way(self) -> None:
         """Before an error is told: where the watch ends this process for silence, the error follows from that, and nothing more is told."""
@@ -87,6 +91,7 @@ class Heartbeat:
     def stop(self) -> None:
         """End the watch."""
         self._stop.set()
+        pulse.listen(None)
         if self._thread is not None:
             self._thread.join(timeout=2 * POLL)
             self._thread = None
@@ -100,7 +105,7 @@ class Heartbeat:
             polled = time.monotonic()
             if polled - last > 5 + 5 * interval:  # the whole process was suspended: that is not silence
                 self.beat()
-            beat, phase = self._beat
+            beat, phase = self._alive, self._phase
             if polled - beat > self.timeout:
                 self._give_up(f"rank {self.rank} silent for {polled - beat:.0f} s in phase {phase}", stacks)
             if self.ranks > 1 and self.silent.exists():
@@ -152,7 +157,7 @@ class Heartbeat:
             time.sleep(3 * POLL)  # they must have seen the file before
             with suppress(Exception):  # the exit matters more
                 wake(self.file.parent, self.rank, self.ranks)
-        os._exit(EXIT)
+        os._exit(STOPPED)
 
     def _dump(self, reason: str, out: TextIO | None) -> None:
         try:
@@ -160,16 +165,6 @@ class Heartbeat:
             faulthandler.dump_traceback(file=out, all_threads=True)  # type: ignore[arg-type]
         except (OSError, ValueError, AttributeError):  # no file behind the stream; the exit matters more
             return
-
-
-def born(pid: int) -> int:
-    """When a process began, in ticks since the machine did, which tells it from a later one of the same number; -1: unknown or over."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return -1
-    state, *fields = text.rpartition(")")[2].split()
-    return -1 if state == "Z" else int(fields[18])
 
 
 def wake(logs: Path, rank: int, ranks: int) -> list[int]:

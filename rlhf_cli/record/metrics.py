@@ -12,6 +12,8 @@ from typing import Any, TextIO
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.record.files import plain, strict, sync_folder
 
+TAIL = 1 << 16  # bytes at the end of a file, more than a row has
+
 
 class Metrics:
     """One file of rows, key `step` first. Floats round-trip exactly; NaN and infinity are null, named in `nonfinite`.
@@ -83,6 +85,23 @@ class Metrics:
             self._last = max((r["step"] for r in read(self.path)), default=-1)
             self._file = self.path.open("a", encoding="utf-8", errors="backslashreplace")
         return self._file
+
+
+def tail(path: Path) -> list[dict[str, Any]]:
+    """The last whole rows of a file; a row that is being written is left out."""
+    try:
+        with path.open("rb") as f:
+            f.seek(max(0, path.stat().st_size - TAIL))
+            lines = f.read().decode("utf-8", errors="replace").split("\n")[:-1]
+    except FileNotFoundError:
+        return []
+    rows = []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:  # cut where the tail begins
+            continue
+    return rows
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -92,10 +92,6 @@ class Quiet:
         """End the watch."""
         self.heartbeat.stop()
 
-    def done(self) -> None:
-        """End the watch."""
-        self.finish("finished")
-
 
 class Recorder:
     """Writes metrics.jsonl, samples.jsonl, evaluations.jsonl, status.json and logs/notes.log; mirrors and shows them.
@@ -214,10 +210,6 @@ class Recorder:
         for end in (*ends, self.progress.close, self.heartbeat.stop):
             with suppress(OSError) if status == "failed" else nullcontext():
                 end()
-
-    def done(self) -> None:
-        """The loop reached its last step."""
-        self.finish("finished")
 
     def _enter(self, name: str) -> None:
         self._phase = name

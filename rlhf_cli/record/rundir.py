@@ -7,6 +7,7 @@ import json
 import os
 import re
 import socket
+import sys
 import time
 import weakref
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from rlhf_cli.record.redact import redact
 
 Status = Literal["running", "finished", "failed", "preempted"]
 NAMED = ("experiment", "algo", "reward", "model")  # groups whose choices make a run's name
+PREPASS = "prepass.jsonl"
 MOMENT = 0.3  # seconds for which `writer()` elsewhere may hold a lock
 _OPEN: weakref.WeakSet[RunDir] = weakref.WeakSet()
 
@@ -42,6 +44,11 @@ class RunDir:
     @property
     def logs(self) -> Path:
         return self.path / "logs"
+
+    @property
+    def prepass(self) -> Path:
+        """The responses of the initial policy, where the run draws some before its first step."""
+        return self.path / PREPASS
 
     @property
     def silent(self) -> Path:
@@ -100,9 +107,20 @@ class RunDir:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def job(self) -> dict[str, Any]:
-        """What job.json says of the cluster job that writes this run; empty for a run of this machine."""
+        """What job.json says of the cluster job that writes this run; empty for a run of this machine, and for a copy of one."""
         path = self.path / "job.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        noted, here = found.get("folder"), self._folder() if found else {}
+        # a run that was moved keeps its inode, and where another machine sees other inodes it keeps its path
+        return {} if noted and all(noted.get(k) != here[k] for k in here) else found
+
+    def set_job(self, job: str) -> None:
+        """Note the cluster job that writes this run from here on."""
+        self.write_json("job.json", {"job": job, "time": now(), "folder": self._folder()})
+
+    def _folder(self) -> dict[str, Any]:
+        """What tells this folder from a copy of it."""
+        return {"path": str(self.path.resolve()), "inode": self.path.stat().st_ino}
 
     def said(self) -> str:
         """How the run stands by its own word; empty before it speaks, as while a job waits that follows the one that wrote the status."""
@@ -112,8 +130,8 @@ class RunDir:
     def claim(self, wait: float = MOMENT) -> str | None:
         """Become the one writer until `release()` or the end of this process, however it ends.
 
-        `wait`: seconds that another writer gets to let go. Returns a note where the file system has no locks. Raises ConfigError
-        naming the writer that stays.
+        `wait`: seconds that another writer gets to let go. Where the file system has no locks it says so, and returns that. Raises
+        ConfigError naming the writer that stays.
         """
         import fcntl
 
@@ -128,14 +146,26 @@ class RunDir:
             lock.close()
             raise busy(self, holder)
         lock.truncate(0)
-        lock.write(json.dumps(_whoami() | {"time": now()}))
+        lock.write(json.dumps(_whoami() | {"born": born(os.getpid()), "time": now()}))
         lock.flush()
         self._lock = lock
         _OPEN.add(self)
-        return f"run {self.name}: this file system has no locks; do not start it twice" if problem else None
+        if not problem:
+            return None
+        note = f"{self.path}: this file system has no locks; do not start it twice"
+        print(f"rlhf: warning: {note}", file=sys.stderr, flush=True)
+        return note
 
     def release(self) -> None:
         """Let another process write this run."""
+        if self._lock is not None:
+            with suppress(OSError):  # a full disk
+                self._lock.truncate(
+                    0
+                )  # whoever comes next must not be taken for this process before it has written its name
+            self._forget()
+
+    def _forget(self) -> None:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -177,6 +207,16 @@ def base_name(names: Mapping[str, str], stamp: str) -> str:
     """The choices that name a run, and what tells it from others."""
     chosen = [_slug(names[g]) for g in NAMED if names.get(g)]
     return "-".join([*[c for c in chosen if c], stamp])
+
+
+def born(pid: int) -> int:
+    """When a process began, in ticks since the machine did, which tells it from a later one of the same number; -1: unknown or over."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return -1
+    state, *fields = text.rpartition(")")[2].split()
+    return -1 if state == "Z" else int(fields[18])
 
 
 def now() -> str:
@@ -226,7 +266,7 @@ def _holder(lock: TextIO) -> str:
 def _forget_locks() -> None:
     """A forked child must not keep its parent's run locked after the parent died."""
     for run in list(_OPEN):
-        run.release()
+        run._forget()
 
 
 os.register_at_fork(after_in_child=_forget_locks)

@@ -12,6 +12,7 @@ from typing import Any
 
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.record.metrics import read
+from rlhf_cli.record.rundir import RunDir
 
 DEFAULTS = ("eval/reward", "score/mean")  # the metric of a run, the first that there is
 LAST = 10  # rows of metrics.jsonl whose mean is a run's value, where nothing was evaluated
@@ -39,8 +40,7 @@ class RunFiles:
     @cached_property
     def status(self) -> Row:
         """status.json."""
-        file = self.path / "status.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        return RunDir(self.path).status()
 
     @property
     def state(self) -> str:

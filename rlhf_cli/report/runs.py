@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -19,6 +18,7 @@ from rlhf_cli.errors import ConfigError
 from rlhf_cli.launch import queue
 from rlhf_cli.launch.rank import obituary
 from rlhf_cli.launch.ranks import first_failure, follows, silence
+from rlhf_cli.record.metrics import tail
 from rlhf_cli.record.progress import Pace, duration, number
 from rlhf_cli.record.rundir import RunDir
 
@@ -32,7 +32,6 @@ NEVER = {  # reasons for which a job waits that no time will remove
     "JobHeldAdmin": "held by an administrator",
 }
 FRESH = 60.0  # seconds: a rank's heartbeat is written every 10
-TAIL = 1 << 16  # bytes of metrics.jsonl that are read
 RAISED = re.compile(r"rlhf: error: |[\w.]+(?:Error|Exception): ")
 STARTED = re.compile(r"submitit INFO .* Starting with JobEnvironment")
 TASK_ENDED = re.compile(r"srun: error: \S+: tasks? (?P<rank>\d+)[\d,-]*: (?P<how>.+)")
@@ -79,13 +78,13 @@ def see(path: Path, jobs: Mapping[str, queue.Job] | None) -> Seen:
     """One run; `jobs`: what the queue shows, None where it cannot be asked."""
     rundir = RunDir(path)
     status, note = state(rundir, jobs)
-    rows = _tail(path / "metrics.jsonl")
+    rows = tail(path / "metrics.jsonl")
     steps = re.search(r"^steps: (\d+)", (path / "config.yaml").read_text(encoding="utf-8"), re.M)
     pace = Pace(int(steps[1]) if steps else 0)
     for row in rows:
         pace.add(row["step"], row)
     scored = [r["score/mean"] for r in rows if r.get("score/mean") is not None]
-    scored = scored or [r["eval/reward"] for r in _tail(path / "evaluations.jsonl") if r.get("eval/reward") is not None]
+    scored = scored or [r["eval/reward"] for r in tail(path / "evaluations.jsonl") if r.get("eval/reward") is not None]
     first = next((p for p in (path / "plan.txt", path / "config.yaml") if p.exists()), path)
     return Seen(
         path,
@@ -98,23 +97,6 @@ def see(path: Path, jobs: Mapping[str, queue.Job] | None) -> Seen:
         first.stat().st_mtime,
         pace.left() if status == "running" else None,
     )
-
-
-def _tail(path: Path) -> list[dict[str, Any]]:
-    """The last whole rows of a file; a row that is being written is left out."""
-    try:
-        with path.open("rb") as f:
-            f.seek(max(0, path.stat().st_size - TAIL))
-            lines = f.read().decode("utf-8", errors="replace").split("\n")[:-1]
-    except FileNotFoundError:
-        return []
-    rows = []
-    for line in lines:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:  # cut where the tail begins
-            continue
-    return rows
 
 
 # ---- what a run is doing ----

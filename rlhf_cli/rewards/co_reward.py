@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from rlhf_cli.rewards.math_answer import final_number, last_boxed
+from rlhf_cli.rewards.math_answer import final_number, last_boxed, only_number
 from rlhf_cli.rewards.per_sample import Row, groups_of, scored
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class CoReward:
     ) -> None:
         """Args:
         answer: boxed (what the last \\boxed{} holds), marked (a number after #### or boxed), any (else the last number)
-        canonical: compare numbers by value, so that 0.50 and 1/2 agree, and other texts without regard to case and
+        canonical: compare boxes that hold a number alone by value, so that 0.50 and 1/2 agree, and other texts without regard to case and
             blanks; off: character by character, as the authors' code does (answer=boxed only)
         ties: missing (no label, the rows leave the step) or first (the answer that came first wins, as in the authors' code)
         """
@@ -74,8 +74,7 @@ class CoReward:
         if self.answer == "boxed":
             if box is None or not box.strip():
                 return None
-            number = final_number(f"\\boxed{{{box}}}", "marked") if self.canonical and _is_number(box) else None
-            return str(number) if number is not None else " ".join(box.lower().split()) if self.canonical else box
+            return (_number(box) or " ".join(box.lower().split())) if self.canonical else box
         number = final_number(text, "marked" if self.answer == "marked" else "any")
         return None if number is None else str(number)
 
@@ -87,8 +86,7 @@ def vote(answers: Sequence[str | None]) -> list[str]:
     return [a for a, n in counts.items() if n == most]
 
 
-def _is_number(box: str) -> bool:
-    """Whether a box holds a number alone, perhaps with a sign, a unit of money or a fraction: x = 3 and (1, 2) are texts."""
-    return not any(c.isalpha() for c in box.replace("\\frac", "").replace("\\dfrac", "")) and not set("=()[]") & set(
-        box
-    )
+def _number(box: str) -> str | None:
+    """The number that a box holds alone, in lowest terms; None for x = 3, (1, 2), 2^{10} or 1:2, which are texts."""
+    number = only_number(box)
+    return None if number is None else str(number)

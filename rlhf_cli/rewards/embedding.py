@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_cli.errors import ConfigError
+from rlhf_cli.pulse import alive
 from rlhf_cli.rewards.encoder import device_of, folder_of, load_encoder, mean_pool, padded, shapes
 from rlhf_cli.rewards.per_sample import Row, references_of, scored
 from rlhf_cli.types import Sample, Scores
@@ -115,6 +116,7 @@ class Embedding:
             return found
         ids = self.tokenizer(list(texts), truncation=True, max_length=self.max_tokens)["input_ids"]
         for rows, width in shapes([len(x) for x in ids], self.batch_size, self.max_tokens):
+            alive()
             batch = padded([ids[i] for i in rows], self.batch_size, width, self.tokenizer.pad_token_id)
             found[rows] = self._forward(*batch)[: len(rows)]
         return found

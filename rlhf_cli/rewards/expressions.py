@@ -14,7 +14,8 @@ Answer = list[Any]  # what math-verify makes of a text: expressions and their te
 LONGEST = 200  # characters of a reference that is all answer
 TAIL = 4000  # characters at the end of a response in which an unmarked answer is looked for
 
-_HASHES = re.compile(r"####[ \t]*([^\n]+)")
+_HASHES = re.compile(r"(?<!#)####(?!#)[ \t]*([^\n]+)")
+_WORDS = re.compile(r"[*_]*(?:[^\W\d_]{2,}|[0-9]+[.):]\s+\S)")  # how a heading begins: Step 1, 2. Add
 _CURRENCY = re.compile(r"\\?[$€£]")
 _PERCENT = re.compile(r"\\?%")  # 50 and 50 % are the same answer
 _MIXED = re.compile(r"(?<![\w.])([0-9]+)\s+([0-9]+)/([0-9]+)(?![\w.])")
@@ -50,9 +51,16 @@ def equal(gold: Answer, answer: Answer, tolerance: float) -> bool:
 
 
 def marked(text: str) -> str | None:
-    """What stands after the last `####`, else in the last `\\boxed{}`; None where there is neither."""
-    found = _HASHES.findall(text)
-    return found[-1] if found else last_boxed(text)
+    """What the later one holds of the last `####` line that is no heading and the last `\\boxed{}`; None where there is neither.
+
+    A line of words is a heading where there is a box, or where more text follows it.
+    """
+    box, at = last_boxed(text), text.rfind("\\boxed{")
+    for line in reversed(list(_HASHES.finditer(text))):
+        heading = _WORDS.match(line[1]) and (box is not None or text[line.end() :].strip())
+        if not heading:
+            return line[1] if box is None or line.start() > at else box
+    return box
 
 
 def _span(span: str) -> Answer:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlhf_cli.data.text import render, response_ids
 from rlhf_cli.errors import ConfigError, GateError
+from rlhf_cli.pulse import alive
 from rlhf_cli.rewards.encoder import device_of
 from rlhf_cli.rewards.per_sample import Row, groups_of, scored
 from rlhf_cli.rewards.spans import Span, token_ends
@@ -98,6 +99,7 @@ class Implicit:
         ):  # a forward never mixes groups, as its last bits follow from its shape
             fits = sorted((i for i in members if ids[i]), key=lambda i: sum(map(len, ids[i])))
             for start in range(0, len(fits), self.batch_size):
+                alive()
                 rows = fits[start : start + self.batch_size]
                 terms |= zip(rows, self._terms([ids[i] for i in rows]), strict=True)
         why = {i: f"it is longer than {self.max_tokens} tokens" for i in range(len(samples)) if i not in terms}

@@ -24,8 +24,8 @@ Judge = Callable[[str], tuple[float | None, bool]]
 class MathAnswer:
     """1 where the response's final answer equals a reference's, else 0; a reference without an answer is missing.
 
-    The answer stands after the last `####`, else in the last `\\boxed{}`, else (extract=any) it is what the library finds
-    last in the text. Only that span is read: of two boxes the last counts, and hedging with both answers fails.
+    The answer stands after the last `####` that is no heading or in the last `\\boxed{}`, whichever comes later; without them
+    (extract=any) it is what the library finds last in the text. Only that span is read: hedging with two answers fails.
     method=verify compares by math-verify, so 1/2, 0.5 and \\frac{1}{2}, x+1 and 1+x, (1,2) and (1, 2) are equal;
     method=number compares final numbers as fractions. Component `found`: 1 where the response has an answer.
     See Kydlicek, Math-Verify, 2025, https://github.com/huggingface/Math-Verify; final numbers: Cobbe et al.,
@@ -100,6 +100,7 @@ _NUMBER = re.compile(
 )
 # `#### 2. Add them` is a heading, not an answer.
 _MARKED = re.compile(rf"####\s*+(?>{_NUMBER.pattern})(?![.):]\s+\S)")
+_UNIT = re.compile(r"\s*\\?[%$€£]$|^\$(?=.*\$$)")  # behind a number, or $ around it
 _DIGITS = 100
 
 
@@ -107,15 +108,22 @@ def final_number(text: str, extract: Extract) -> Fraction | None:
     """The number that a solution ends in, or None."""
     text = _plain(text)
     marked = list(_MARKED.finditer(text))
-    if marked:
-        return _value(marked[-1])
     box = last_boxed(text)
+    if marked and (box is None or marked[-1].start() > text.rfind("\\boxed{")):
+        return _value(marked[-1])
     if box is not None:
         # `x = 42 km` inside a box: the number that follows the last equals sign.
         match = _NUMBER.search(box.rpartition("=")[2])
         return _value(match) if match else None
     numbers = list(_NUMBER.finditer(text)) if extract == "any" else []
     return _value(numbers[-1]) if numbers else None
+
+
+def only_number(text: str) -> Fraction | None:
+    """The number that a text is, perhaps with a sign of money or per cent; None where it is more than a number."""
+    text = _plain(text.strip()).strip().removeprefix("+").rstrip(".")
+    match = _NUMBER.fullmatch(_UNIT.sub("", text).strip())
+    return _value(match) if match else None
 
 
 def last_boxed(text: str) -> str | None:

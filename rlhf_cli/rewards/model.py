@@ -16,6 +16,7 @@ from rlhf_cli.data.text import render, response_ids
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.models.loading import tiny_reward_model
 from rlhf_cli.models.tiny import tiny_tokenizer
+from rlhf_cli.pulse import alive
 from rlhf_cli.rewards.per_sample import Row, groups_of, scored
 from rlhf_cli.types import Sample, Scores
 
@@ -83,6 +84,7 @@ class Model:
         for members in groups_of(group.tolist()):
             usable = sorted((i for i in members if ids[i]), key=lambda i: len(ids[i]))  # by length: little padding
             for start in range(0, len(usable), self.batch_size):
+                alive()
                 rows = usable[start : start + self.batch_size]
                 for i, value in zip(rows, self._forward([ids[i] for i in rows]), strict=True):
                     values[i] = value

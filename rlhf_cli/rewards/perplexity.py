@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlhf_cli.data.text import render, response_ids
 from rlhf_cli.errors import ConfigError
+from rlhf_cli.pulse import alive
 from rlhf_cli.rewards.encoder import device_of, padded, shapes
 from rlhf_cli.rewards.per_sample import Row, scored
 from rlhf_cli.types import Sample, Scores
@@ -85,6 +86,7 @@ class Perplexity:
         """Mean log-probability of each row's second part, given its first."""
         found = [0.0] * len(rows)
         for index, width in shapes([len(a) + len(b) for a, b in rows], self.batch_size, self.max_tokens):
+            alive()
             for i, value in zip(index, self._forward([rows[i] for i in index], width), strict=True):
                 found[i] = value
         return found

@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from rlhf_cli.errors import ConfigError, GateError
+from rlhf_cli.pulse import alive
 from rlhf_cli.rewards.per_sample import Row, groups_of, scored
 from rlhf_cli.rewards.worker import END, attempt
 from rlhf_cli.types import Sample, Scores
@@ -178,6 +179,7 @@ class Worker:
 
     def _received(self, conn: Connection) -> Any:
         message = conn.recv()
+        alive()
         if isinstance(message, ConfigError | GateError):
             raise message
         return message

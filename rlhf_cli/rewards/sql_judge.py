@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.judges.ask import Ask, Quality, Reply
@@ -16,7 +15,10 @@ from rlhf_cli.rewards.judge import Asking, reading, text_of
 from rlhf_cli.rewards.per_sample import Row, references_of
 from rlhf_cli.rewards.sql_execution import compared
 from rlhf_cli.rewards.sqlite import Limits, limits_of, query_of
-from rlhf_cli.types import Sample
+from rlhf_cli.types import Sample, Scores
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TASK = "You know databases well. Say how correct an SQL query is that did not return what it should, beside the gold query, by this rubric:"
 FORM = (
@@ -59,6 +61,15 @@ class SqlJudge(Asking):
             raise ConfigError(f"reward.sql_judge.most={most:g}: must be above 0")
         self.rubric, self.most, self.folder = text_of(rubric, "reward.sql_judge.rubric"), float(most), folder
         self.limits: Limits = limits_of("reward.sql_judge", instructions, seconds, rows)
+        self._known: dict[
+            tuple[object, ...], Verdict
+        ] = {}  # of this step: a group is looked at when drawn, asked about, and read
+
+    def __call__(self, samples: Sequence[Sample], group: Tensor) -> Scores:
+        try:
+            return super().__call__(samples, group)
+        finally:
+            self._known.clear()  # the wall clock may say something else in another step
 
     def trial(self) -> list[Ask]:
         return [self._question(Sample("Which names are there?", "SELECT id FROM users", ("SELECT name FROM users",)))]
@@ -84,7 +95,10 @@ class SqlJudge(Asking):
 
     def _verdict(self, sample: Sample) -> Verdict:
         record = tuple((k, str(sample.meta[k])) for k in ("script", "database") if sample.meta.get(k))
-        return verdict_of(sample.response, tuple(references_of(sample)), record, self.folder, self.limits)
+        key = (sample.response, references_of(sample), record)
+        if key not in self._known:
+            self._known[key] = verdict_of(sample, self.folder, self.limits)
+        return self._known[key]
 
     def _question(self, sample: Sample) -> Ask:
         query, most = query_of(sample.response), self.most
@@ -105,18 +119,15 @@ class SqlJudge(Asking):
         return Ask(system, texts, stand_in, schema)
 
 
-@lru_cache(maxsize=4096)  # a group is looked at when it is drawn, when it is scored, and when its replies are read
-def verdict_of(
-    response: str, references: tuple[str, ...], record: tuple[tuple[str, str], ...], folder: str, limits: Limits
-) -> Verdict:
+def verdict_of(sample: Sample, folder: str, limits: Limits) -> Verdict:
     """Run the response's query, and the references', on the record's database."""
-    found = compared(Sample("", response, references, dict(record)), folder, "set", limits)
+    found = compared(sample, folder, "set", limits)
     if isinstance(found, str):
         return Verdict(unknown=found)
     result, golds = found
     if result.late:
         return Verdict(unknown=result.error)
-    if re.search(r"\bselect\b", query_of(response), re.IGNORECASE) is None:
+    if re.search(r"\bselect\b", query_of(sample.response), re.IGNORECASE) is None:
         return Verdict()
     right = any(equal and bool(gold.rows) for gold, equal in golds)  # two empty results are unequal
     return Verdict(right=right, ask=not right)

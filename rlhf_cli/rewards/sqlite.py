@@ -1,9 +1,10 @@
-"""Queries of a policy on a database of its own: read-only, limited in work, time and rows."""
+"""Queries of a policy on a database of its own: read-only, limited in work, time, rows and memory."""
 
 from __future__ import annotations
 
 import re
 import sqlite3
+import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,12 +13,19 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from rlhf_cli.errors import ConfigError
+from rlhf_cli.rewards.sqlite_clock import stop_clock
 
 Compare = Literal["set", "multiset", "ordered"]
 EVERY = 1000  # virtual-machine instructions between two looks at the limits
 LONGEST = 1_000_000  # bytes of one value, one row and one query
+COLUMNS = 256  # of a result
+RESULT = 100_000_000  # bytes of a result
+HEAP = 1 << 29  # bytes that all of SQLite may take in this process, its sorting and its databases in memory too
 _ALLOWED = frozenset({sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE})
 _REFUSED = frozenset({"random", "randomblob", "load_extension", "readfile", "writefile", "edit", "fts3_tokenizer"})
+_LOCK = (
+    threading.Lock()
+)  # of all queries: a connection has one progress handler, and the clock's functions one connection
 _FENCE = re.compile(r"```sql[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
@@ -40,6 +48,11 @@ class Result(NamedTuple):
 
 def run(connection: sqlite3.Connection, query: str, limits: Limits) -> Result:
     """Run one query. Whatever it does wrong is an error in words; nothing is ever written."""
+    with _LOCK:
+        return _run(connection, query, limits)
+
+
+def _run(connection: sqlite3.Connection, query: str, limits: Limits) -> Result:
     end, left = time.monotonic() + limits.seconds, limits.instructions // EVERY
     late = False
 
@@ -49,20 +62,43 @@ def run(connection: sqlite3.Connection, query: str, limits: Limits) -> Result:
         late = time.monotonic() > end
         return int(late or left < 0)
 
+    cursor = connection.cursor()
     connection.set_progress_handler(stop, EVERY)
     try:
-        cursor = connection.execute(query)
-        rows = cursor.fetchmany(limits.rows + 1)
+        return _fetched(cursor.execute(query), limits)
     except sqlite3.OperationalError as e:
         why = f"it takes over {limits.instructions} instructions" if left < 0 and not late else str(e)
         return Result([], f"it takes over {limits.seconds:g} s" if late else why, late)
+    except MemoryError:
+        return Result([], f"it takes over {HEAP >> 20} MB of memory")
     except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError) as e:
         return Result([], str(e) or type(e).__name__)
     finally:
+        cursor.close()
         connection.set_progress_handler(None, 0)
+
+
+def _fetched(cursor: sqlite3.Cursor, limits: Limits) -> Result:
+    """The rows, one by one, as long as there are not too many and they are not too large."""
     if cursor.description is None:  # an empty text, or a comment
         return Result([], "it is no query")
-    return Result(rows) if len(rows) <= limits.rows else Result([], f"it returns over {limits.rows} rows")
+    rows: list[tuple[Any, ...]] = []
+    left = RESULT
+    for row in cursor:
+        left -= sum(map(_size, row))
+        if left < 0:
+            return Result([], f"its result is too large, over {RESULT // 1_000_000} MB")
+        if len(rows) == limits.rows:
+            return Result([], f"it returns over {limits.rows} rows")
+        rows.append(row)
+    return Result(rows)
+
+
+def _size(value: Any) -> int:
+    """About its bytes in memory; the same on every machine."""
+    if isinstance(value, str):
+        return 32 + len(value) * (1 if value.isascii() else 4)
+    return 32 + len(value) if isinstance(value, bytes) else 32
 
 
 def same(a: Sequence[tuple[Any, ...]], b: Sequence[tuple[Any, ...]], compare: Compare) -> bool:
@@ -100,30 +136,41 @@ def connect(meta: Mapping[str, Any], folder: str) -> sqlite3.Connection | str:
 
 @lru_cache(maxsize=32)
 def _made(script: str) -> sqlite3.Connection | str:
-    connection = sqlite3.connect(":memory:")
+    connection = sqlite3.connect(":memory:", check_same_thread=False)
     try:
-        connection.executescript(script)
+        with _LOCK:
+            stop_clock(connection)
+            connection.executescript(script)
+            connection.commit()
+            return _locked(connection)
     except sqlite3.Error as e:
         return f"the script of its database fails: {e}"
-    connection.commit()
-    return _locked(connection)
+    except MemoryError:
+        return f"its database takes over {HEAP >> 20} MB of memory; name a file of SQLite in meta.database"
 
 
 @lru_cache(maxsize=32)
 def _opened(file: str) -> sqlite3.Connection | str:
     try:
-        connection = sqlite3.connect(f"{Path(file).as_uri()}?mode=ro", uri=True)
-        connection.execute("SELECT 1 FROM sqlite_master").fetchone()
+        with _LOCK:
+            connection = sqlite3.connect(f"{Path(file).as_uri()}?mode=ro", uri=True, check_same_thread=False)
+            stop_clock(connection)
+            return _locked(connection)
     except sqlite3.Error as e:
         return f"{file} cannot be read: {e}"
-    return _locked(connection)
 
 
 def _locked(connection: sqlite3.Connection) -> sqlite3.Connection:
-    """Reading only, by an allow-list: no writes, no other files, no pragmas, no extensions, no huge values."""
+    """Reading only, by an allow-list: no writes, no other files, no pragmas, no extensions, no huge values, no temporary files."""
     connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
+    connection.execute("PRAGMA temp_store = MEMORY").fetchall()  # where the limit of the next line holds
+    connection.execute(f"PRAGMA hard_heap_limit = {HEAP}").fetchall()
+    connection.execute(
+        "SELECT 1 FROM sqlite_master"
+    ).fetchone()  # reads the schema, in which a table may have more columns
     for limit in (sqlite3.SQLITE_LIMIT_LENGTH, sqlite3.SQLITE_LIMIT_SQL_LENGTH):
         connection.setlimit(limit, LONGEST)
+    connection.setlimit(sqlite3.SQLITE_LIMIT_COLUMN, COLUMNS)
     connection.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
 
     def authorize(action: int, first: str | None, second: str | None, *_: str | None) -> int:

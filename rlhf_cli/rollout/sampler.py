@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from rlhf_cli.errors import GateError
+from rlhf_cli.pulse import alive
 from rlhf_cli.rollout.cache import Board, attending, fill, slot_cache
 from rlhf_cli.rollout.choose import Decoding, choose
 from rlhf_cli.rollout.decoder import Decoder, Step, agree, readable
@@ -144,6 +145,7 @@ class Sampler:
                 while batch.busy():
                     self._start(batch)
                     ended = self._step(batch)
+                    alive()
                     for p in ended if done is not None else ():
                         open_rows[p] -= 1
                         if not open_rows[p]:

@@ -217,7 +217,7 @@ def engine_settings(cfg: Any, model: Any, max_model_len: int, device: torch.devi
     taken = [k for k in v.engine if k in OWN]
     if taken:
         raise ConfigError(
-            f"rollout.vllm.engine.{taken[0]}: follows from other settings (rlhf show rollout); leave it out"
+            f"rollout.vllm.engine.{taken[0]}: follows from other settings (rlhf show rollout=vllm); leave it out"
         )
     rows = cfg.rollout.rows or (256 if device.type == "cuda" else 64)
     transfer = transfer_of(cfg)

@@ -7,29 +7,24 @@ from __future__ import annotations
 
 import atexit
 import base64
+import http.client
 import importlib
 import json
 import logging
-import os
 import pickle
-import signal
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from rlhf_cli.errors import ConfigError
+from rlhf_cli.errors import ConfigError, GateError
 from rlhf_cli.hardware import free_port
 from rlhf_cli.rollout.vllm_guard import Guard
+from rlhf_cli.rollout.vllm_process import deaf, environment, outside, serve, watch
 
-# Variables of the learner's own process group; an engine that read them would join it.
-JOINED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 START_LIMIT = 1800.0  # seconds a server may take to load and compile
 AT_ONCE = 256  # requests to a server in flight
 
@@ -58,73 +53,83 @@ class Engine(Protocol):
 
 
 class Local:
-    """vLLM's `LLM` in child processes of this rank, so that its threads, signals and process groups are its own.
+    """vLLM's `LLM` in child processes of this rank, so that its threads and signals are its own.
 
     Args:
         settings: arguments of `vllm.LLM`.
-        environment: variables that its processes get.
+        more: variables that its processes get.
         log: file that takes what they print.
     """
 
-    def __init__(self, settings: Mapping[str, Any], environment: Mapping[str, str], log: Path) -> None:
-        self._guard = Guard()
-        own = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", **environment, **self._guard.environment}
-        with _outside(log), _environment(own):
-            vllm: Any = importlib.import_module("vllm")
-            try:
-                self.llm = vllm.LLM(**settings)
-            except (RuntimeError, ValueError, TypeError) as e:
-                raise ConfigError(f"vLLM did not start: {_last_line(e)}; its output is in {log}") from e
+    def __init__(self, settings: Mapping[str, Any], more: Mapping[str, str], log: Path) -> None:
+        self._log = log
+        with outside(log), deaf():
+            self._guard = Guard()
+            own = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+            with environment({**own, **more, **self._guard.environment}):
+                vllm: Any = importlib.import_module("vllm")
+                try:
+                    self.llm = vllm.LLM(**settings)
+                except (RuntimeError, ValueError, TypeError) as e:
+                    raise ConfigError(f"vLLM did not start: {_last_line(e)}; its output is in {log}") from e
         logging.getLogger("vllm").setLevel(logging.ERROR)
         self._params = vllm.SamplingParams
+        self._dead = importlib.import_module("vllm.v1.engine.exceptions").EngineDeadError
+        self._core = self.llm.llm_engine.engine_core
+        watch(self._core, self._dead)
         atexit.register(self.close)
+
+    def _ask(self, method: str, *args: Any, **more: Any) -> Any:
+        """A method of vLLM's `LLM`; a dead engine is one line."""
+        try:
+            return getattr(self.llm, method)(*args, **more)
+        except self._dead as e:
+            raise ConfigError(f"the vLLM engine died; out of memory? see dmesg and {self._log}") from e
 
     def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[Mapping[str, Any]]) -> list[Answer]:
         """One answer to each prompt (token ids) under its own sampling parameters."""
         asked = [{"prompt_token_ids": list(p)} for p in prompts]
-        outputs = self.llm.generate(asked, [self._params(**p) for p in params], use_tqdm=False)
+        outputs = self._ask("generate", asked, [self._params(**p) for p in params], use_tqdm=False)
         made = []
         for one in (o.outputs[0] for o in outputs):
             ids = list(one.token_ids)
             logp = [float(at[i].logprob) for i, at in zip(ids, one.logprobs, strict=True)]
-            made.append(Answer(ids, logp, one.finish_reason == "stop"))
+            made.append(Answer(ids, logp, stopped(one.finish_reason)))
         return made
 
     def call(self, method: str, *args: Any) -> list[Any]:
         """A method of every worker."""
-        return self.llm.collective_rpc(method, args=args)
+        return self._ask("collective_rpc", method, args=args)
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self.llm.init_weight_transfer_engine({"init_info": init_info})
+        self._ask("init_weight_transfer_engine", {"init_info": init_info})
 
     def start_weight_update(self) -> None:
-        self.llm.start_weight_update()
+        self._ask("start_weight_update")
 
     def update_weights(self, update_info: Any) -> None:
-        self.llm.update_weights({"update_info": portable(update_info)})
+        self._ask("update_weights", {"update_info": portable(update_info)})
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self.llm.finish_weight_update(weight_version)
+        self._ask("finish_weight_update", weight_version)
 
     def reset_prefix_cache(self) -> None:
-        if not self.llm.reset_prefix_cache():
+        if not self._ask("reset_prefix_cache"):
             raise RuntimeError("vLLM did not forget the keys and values of the old weights")
 
     def sleep(self, level: int) -> None:
-        self.llm.sleep(level=level)
+        self._ask("sleep", level=level)
 
     def wake_up(self, tags: Sequence[str] | None = None) -> None:
-        self.llm.wake_up(tags=list(tags) if tags else None)
+        self._ask("wake_up", tags=list(tags) if tags else None)
 
     def close(self) -> None:
         """End its processes."""
         atexit.unregister(self.close)
         if self.llm is not None:
-            self.llm.llm_engine.engine_core.shutdown()
-            self.llm = None
-            self._guard.close(
-                kill=False
-            )  # multiprocessing's helper, which bears the mark too, goes on serving this process
+            self._core.shutdown(timeout=0)  # they do not hear the SIGTERM that it would wait for
+            self.llm = self._core = None
+            self._guard.close()
 
 
 class Server:
@@ -133,14 +138,17 @@ class Server:
     Args:
         url: http://127.0.0.1:PORT of a running server.
         settings: as of `vllm.LLM`.
-        environment: variables that a started server gets.
+        more: variables that a started server gets.
         log: file that takes what a started server prints.
     """
 
-    def __init__(self, url: str, settings: Mapping[str, Any], environment: Mapping[str, str], log: Path) -> None:
-        self._guard = None if url else Guard()
-        marked = {**environment, **(self._guard.environment if self._guard else {})}
-        self._process = None if url else serve(port := free_port(), settings, marked, log)
+    def __init__(self, url: str, settings: Mapping[str, Any], more: Mapping[str, str], log: Path) -> None:
+        self._log = "its log" if url else log
+        self._guard = self._process = None
+        if not url:
+            with deaf():
+                self._guard = Guard()
+                self._process = serve(port := free_port(), settings, {**more, **self._guard.environment}, log)
         self.url = url.rstrip("/") or f"http://127.0.0.1:{port}"
         self.model = str(settings["model"]) if self._process else ""
         atexit.register(self.close)
@@ -176,10 +184,22 @@ class Server:
         try:
             with urllib.request.urlopen(request, timeout=START_LIMIT) as answer:
                 text = answer.read()
-        except urllib.error.HTTPError as e:
+        except (OSError, http.client.HTTPException) as e:
+            if getattr(e, "code", 500) >= 500 and not self._lives():
+                raise ConfigError(f"the vLLM server died; out of memory? see dmesg and {self._log}") from e
+            if not isinstance(e, urllib.error.HTTPError):
+                raise
             missing = "; start it as docs/rollouts.md says" if e.code == 404 else ""
             raise RuntimeError(f"vLLM at {self.url} refused /{path}: {e.code} {e.read()[:500]!r}{missing}") from e
         return json.loads(text) if text else None
+
+    def _lives(self) -> bool:
+        """The server answers, and its engine is there."""
+        try:
+            self._get("health")
+        except (OSError, http.client.HTTPException):
+            return False
+        return True
 
     def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[Mapping[str, Any]]) -> list[Answer]:
         """One answer to each prompt (token ids) under its own sampling parameters."""
@@ -191,7 +211,7 @@ class Server:
         body = {"model": self.model, "prompt": list(prompt), "return_token_ids": True, **settings}
         one = self._post("v1/completions", body)["choices"][0]
         logp = [float(x) for x in one["logprobs"]["token_logprobs"]]
-        return Answer(list(one["token_ids"]), logp, one["finish_reason"] == "stop")
+        return Answer(list(one["token_ids"]), logp, stopped(one["finish_reason"]))
 
     def call(self, method: str, *args: Any) -> list[Any]:
         """A method of every worker."""
@@ -222,43 +242,12 @@ class Server:
         """End a server that was started here."""
         atexit.unregister(self.close)
         if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGTERM)
-            try:
-                self._process.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(self._process.pid, signal.SIGKILL)
-                self._process.wait()
+            self._process.kill()  # it does not hear SIGTERM; the guard ends its children
+            self._process.wait()
             self._process = None
         if self._guard is not None:
-            self._guard.close(kill=True)
+            self._guard.close()
             self._guard = None
-
-
-def serve(port: int, settings: Mapping[str, Any], environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
-    """Start a server on 127.0.0.1, in a session of its own. Its development routes carry the weights."""
-    # Not `vllm serve`: that command looks for a distribution named vllm, and the one for CPUs has another name.
-    words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(settings["model"])]
-    words += ["--host", "127.0.0.1", "--port", str(port), "--disable-uvicorn-access-log"]
-    for key, value in settings.items():
-        if key != "model":
-            words += flag(key, value)
-    own = {k: v for k, v in os.environ.items() if k not in JOINED}
-    with log.open("ab") as out:
-        return subprocess.Popen(
-            words,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env=own | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn", **environment},
-            start_new_session=True,
-        )
-
-
-def flag(key: str, value: Any) -> list[str]:
-    """An argument of `LLM` as the command line of `vllm serve` writes it."""
-    name = key.replace("_", "-")
-    if isinstance(value, bool):
-        return [f"--{name}" if value else f"--no-{name}"]
-    return [f"--{name}", json.dumps(value) if isinstance(value, dict | list) else str(value)]
 
 
 def portable(update_info: Any) -> Any:
@@ -271,45 +260,11 @@ def portable(update_info: Any) -> Any:
     return kept | {"ipc_handles_pickled": base64.b64encode(pickle.dumps(update_info["ipc_handles"])).decode()}
 
 
-@contextmanager
-def _outside(log: Path) -> Iterator[None]:
-    """Children started meanwhile print to `log` and are in a process group that Ctrl-C in the terminal does not reach."""
-    group = os.getpgid(0)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    kept = os.dup(1), os.dup(2)
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    moved = group != os.getpid() and os.getsid(0) != os.getpid()
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    if moved:
-        os.setpgid(0, 0)
-    try:
-        yield
-    finally:
-        if moved:
-            os.setpgid(0, group)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for number, own in enumerate(kept, 1):
-            os.dup2(own, number)
-            os.close(own)
-        os.close(file)
-
-
-@contextmanager
-def _environment(more: Mapping[str, str]) -> Iterator[None]:
-    """The variables `more`, and none of the learner's process group, meanwhile."""
-    kept = dict(os.environ)
-    for name in JOINED:
-        os.environ.pop(name, None)
-    os.environ.update(more)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(kept)
+def stopped(reason: str | None) -> bool:
+    """A stop token or a stop text ended the response; False where the limit did. Whatever else ends one is no response."""
+    if reason not in ("stop", "length"):
+        raise GateError(f"vLLM ended a response with {reason!r}, neither at a stop nor at rollout.max_tokens")
+    return reason == "stop"
 
 
 def _last_line(e: BaseException) -> str:

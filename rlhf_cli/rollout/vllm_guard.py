@@ -17,12 +17,12 @@ from contextlib import suppress
 from pathlib import Path
 
 NAME = "RLHF_ENGINE"
-DONE = b"done"  # nothing to kill
+TRACKER = b"multiprocessing.resource_tracker"
 TRIES, PAUSE = 50, 0.1  # looks for processes that were just being started, and seconds between them
 
 
 class Guard:
-    """A process that ends an engine when this one is gone. `environment` marks the engine's processes."""
+    """A process that ends an engine when this one is gone or closes it. `environment` marks the engine's processes."""
 
     def __init__(self) -> None:
         self.mark = uuid.uuid4().hex
@@ -33,18 +33,22 @@ class Guard:
         command = [sys.executable, "-I", "-S", __file__, self.mark]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
-    def close(self, *, kill: bool) -> None:
-        """The engine has ended in order; with `kill`, what it left behind ends too."""
-        self._process.communicate(b"" if kill else DONE)
+    def close(self) -> None:
+        """End what is left of the engine."""
+        self._process.communicate()
 
 
 def marked(mark: str) -> list[int]:
-    """The living processes that were started with this mark."""
+    """The living processes that were started with this mark.
+
+    Without multiprocessing's helper: it removes their shared memory after them, and then ends by itself.
+    """
     wanted = f"{NAME}={mark}".encode()
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # gone by now, or another user's
-            if wanted in (path / "environ").read_bytes().split(b"\0"):
+            bears = wanted in (path / "environ").read_bytes().split(b"\0")
+            if bears and TRACKER not in (path / "cmdline").read_bytes():
                 found.append(int(path.name))
     return found
 
@@ -62,7 +66,5 @@ def kill(mark: str) -> None:
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # it ends with its input
-        signal.signal(number, signal.SIG_IGN)
-    if sys.stdin.buffer.read() != DONE:
-        kill(sys.argv[1])
+    sys.stdin.buffer.read()
+    kill(sys.argv[1])

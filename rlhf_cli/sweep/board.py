@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rlhf_cli.record.metrics import tail
+from rlhf_cli.record.rundir import RunDir
 from rlhf_cli.report.compare import duration
-
-TAIL = 65536  # bytes at the end of metrics.jsonl that surely hold a whole row
 
 
 class Board:
@@ -50,25 +49,9 @@ class Board:
 
 def progress(path: Path) -> str:
     """`step 12, score 0.213`, or the phase before the first step."""
-    row = last_row(path / "metrics.jsonl")
-    if row is not None:
+    rows = tail(path / "metrics.jsonl")
+    if rows:
+        row = rows[-1]
         score = row.get("score/mean")
         return f"step {row['step']}" + (f", score {score:.3f}" if isinstance(score, float) else "")
-    try:
-        return json.loads((path / "status.json").read_text(encoding="utf-8")).get("phase") or "starts"
-    except (OSError, ValueError):
-        return "starts"
-
-
-def last_row(path: Path) -> dict[str, Any] | None:
-    """The last whole row of a file that another process appends to."""
-    try:
-        with path.open("rb") as f:
-            f.seek(max(0, f.seek(0, os.SEEK_END) - TAIL))
-            lines = f.read().split(b"\n")[:-1]
-    except OSError:
-        return None
-    try:
-        return json.loads(lines[-1]) if lines else None
-    except ValueError:
-        return None
+    return RunDir(path).status().get("phase") or "starts"

@@ -15,9 +15,9 @@ from typing import Any
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.hardware import visible_gpus
 from rlhf_cli.launch.child import bound
+from rlhf_cli.launch.stop import to_hear
 
 TICK = 0.1  # seconds between looks at the processes
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Wish:
     @contextmanager
     def heard(self) -> Iterator[Wish]:
         """Listen to signals inside, and to nothing afterwards that was not listened to before."""
-        before = {s: signal.signal(s, self) for s in STOPPING}
+        before = {s: signal.signal(s, self) for s in to_hear()}
         try:
             yield self
         finally:

@@ -13,6 +13,7 @@ from typing import Any
 
 from rlhf_cli.compose import compose
 from rlhf_cli.errors import ConfigError
+from rlhf_cli.exits import DONE, FAILED, STOPPED
 from rlhf_cli.launch import queue
 from rlhf_cli.record.rundir import RunDir, now
 from rlhf_cli.report.compare import compare, duration, text
@@ -24,7 +25,6 @@ from rlhf_cli.sweep.points import Command, Point, is_here
 from rlhf_cli.sweep.pool import Running, Share, Wish, shares, spawn, work
 from rlhf_cli.sweep.record import LOG, Record, reason
 
-FAILED, STOPPED = 1, 75  # exit statuses
 SEARCH = "hydra/sweeper=optuna"
 # How Hydra's users write what is a key of `sweep` here.
 HYDRA = {
@@ -75,7 +75,7 @@ class Sweep:
     def end(self, running: Running, code: int) -> str:
         """Note how a point ended. Returns its state."""
         run = self.record.rundir(running.name)
-        state = ended(code, run, asked=bool(self.wish.count))
+        state = ended(code, run, running.before, asked=bool(self.wish.count))
         why = ""
         if state == "failed":
             why = f"killed by {signal.Signals(-code).name}" if code < 0 else reason(run, run.path / LOG, running.before)
@@ -121,10 +121,12 @@ class Sweep:
         if self.wish.count:
             print(f"stopped by {self.wish.signal}; go on with: {self.typed}", flush=True)
             return STOPPED
-        if record.names("failed"):
+        stopped, failed = record.names("interrupted"), record.names("failed")
+        if stopped:
+            print(f"stopped on the way: {', '.join(stopped)}; go on with: {self.typed}", flush=True)
+        if failed:
             print(f"run the failed ones again with: {self.typed} sweep.retry=true", flush=True)
-            return FAILED
-        return 0
+        return FAILED if failed else STOPPED if stopped else DONE
 
 
 _ORDER = ("finished", "submitted", "pruned", "failed", "interrupted", "running", "waiting")
@@ -140,12 +142,15 @@ def quoted(value: str) -> str:
     return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-def ended(code: int, run: RunDir, *, asked: bool) -> str:
-    """How a point ended, from its exit status and what its run says."""
+def ended(code: int, run: RunDir, before: Mapping[str, Any], *, asked: bool) -> str:
+    """How a point ended, from its exit status and what its run says since its status was `before`."""
     if code == 0:
         return "finished" if run.said() == "finished" else "submitted"
     if asked and run.job() and not run.said():  # stopped after it had handed the point over
         return "submitted"
+    status = run.status()
+    if status != before and status.get("status") == "failed":  # a hang ends with 75 too, and would hang again unasked
+        return "failed"
     return "interrupted" if asked or code == STOPPED else "failed"
 
 
@@ -187,17 +192,21 @@ def run(command: Command, examples: Sequence[Point], typed: str, each: Callable[
     most = max(c.hardware.processes for c in checked)
     device = "cuda" if any(_device(c) == "cuda" for c in checked) else "cpu"
     slots = shares(cfg.sweep.parallel, device, most) if is_here(cfg) else [Share()]
-    record = Record.open(path, command, typed)
-    lock = _lock(path)
-    board = Board()
-    opened = Sweep(record, command, cfg, slots, board, Wish(), typed)
+    lock = _lock(path)  # before the record is read, which another sweep may be writing
+    try:
+        record = Record.open(path, command, typed)
+        return _worked(Sweep(record, command, cfg, slots, Board(), Wish(), typed), each)
+    finally:
+        lock.release()
+
+
+def _worked(opened: Sweep, each: Callable[[Sweep], None]) -> int:
     try:
         with opened.wish.heard():
             each(opened)
         return opened.close()
     finally:
-        board.close()
-        lock.release()
+        opened.board.close()
 
 
 def _device(cfg: Any) -> str:

@@ -157,6 +157,17 @@ def test_resume_from_an_older_checkpoint_sets_the_later_aside(alone: Path, rlhf:
     e2e.assert_same(alone, run)
 
 
+def test_a_start_from_the_beginning_counts_once(alone: Path, rlhf: Rlhf) -> None:
+    run = copy_of(alone, "over")
+    done = rlhf("resume", str(run), "resume=never", "steps=2")
+    assert done.code == 0, done.err
+    assert f"checkpoint step-{STEPS:06d} belongs to the line that is left; set aside as " in done.out
+    done = rlhf("resume", str(run), f"steps={STEPS}")
+    assert done.code == 0, done.err
+    assert f"resumed from step-000002: 2 of {STEPS} steps done" in done.out
+    assert e2e.status(run)["status"] == "finished" and e2e.status(run)["step"] == STEPS
+
+
 def test_two_processes_go_on_as_one(alone_zero2: Path, words: list[str], rlhf: Rlhf) -> None:
     run = copy_of(alone_zero2, "fewer")
     shutil.rmtree(run / "checkpoints" / f"step-{STEPS:06d}")

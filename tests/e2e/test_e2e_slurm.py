@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -147,6 +148,30 @@ def test_a_preempted_job_is_requeued_and_equals_one_left_alone(
     table = rlhf("runs").out
     assert ["stopped", "finished", f"{STEPS}/{STEPS}"] == table.splitlines()[1].split()[:3] and job(run) in table
     assert rlhf("logs", "runs/stopped", "rank=1").code == 0 and (run / "logs" / "rank-1.log").exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed; type make vllm")
+def test_a_preempted_job_that_samples_with_vllm_goes_on(
+    rlhf: Callable[..., Done], slurm: dict[str, str], tmp_path: Path
+) -> None:
+    """SLURM signals every process of the job, and those of the engine must finish the step with the learner."""
+    from transformers import LlamaForCausalLM
+
+    from rlhf_cli.models.tiny import tiny_config, tiny_tokenizer
+
+    config, model, apart = tiny_config(), tmp_path / "model", tmp_path / "apart"
+    config.head_dim = 32  # which vLLM's attention for CPUs takes
+    LlamaForCausalLM(config).save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    engine = ("rollout=vllm", "rollout.rows=8", "dataset.max_prompt_tokens=512", "model=path", f"model.path={model}")
+    words = (*engine, "hardware.processes=1", "hardware.zero=0")
+    apart.mkdir()
+    done = e2e.shell("train", *EXACT, "hardware=cpu", *reward(apart, VALUES), "run.name=alone", *words, cwd=apart)
+    assert done.code == 0, done.err
+    run = begun(rlhf, slurm, tmp_path, *words)
+    urgent = ["sbatch", "--partition=urgent", "--exclusive", f"--output={tmp_path}/urgent.log", "--wrap=echo done"]
+    assert "Submitted" in slurm_cluster.tell(urgent, slurm)
+    goes_on(rlhf, slurm, run, apart / "runs" / "alone", "SIGTERM")
 
 
 def test_a_time_limit_asks_for_a_checkpoint_and_the_run_goes_on(

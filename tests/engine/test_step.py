@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
+from rlhf_cli import pulse
 from rlhf_cli.engine import step as exact
 from rlhf_cli.inject import call, rowwise
 from rlhf_cli.models.heads import stage_inputs
@@ -186,6 +187,19 @@ def test_the_last_micro_batch_is_told_so() -> None:
         lambda loss, last: told.append(last),
     )  # fmt: skip
     assert told == [False, False, True] * 2
+
+
+def test_every_micro_batch_is_a_sign_of_life() -> None:
+    heard: list[int] = []
+    batches: list[Tensor | None] = [torch.arange(4), torch.arange(4, N), None]
+    pulse.listen(lambda: heard.append(1))
+    try:
+        run_single(ROWWISE["rows"], experience(), [batches])
+        assert len(heard) == 3
+        run_two(COUPLED["dpo"], experience(), [batches])
+        assert len(heard) == 3 + 3 + 3, "outputs, then gradients"
+    finally:
+        pulse.listen(None)
 
 
 def test_pair_weights_multiply_and_the_mean_stays_over_pairs() -> None:

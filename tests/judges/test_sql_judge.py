@@ -51,6 +51,22 @@ def test_it_is_asked_only_where_execution_fails() -> None:
     )
 
 
+def test_the_database_is_asked_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rlhf_cli.rewards import sql_judge
+
+    ran: list[str] = []
+    found = sql_judge.compared
+    monkeypatch.setattr(sql_judge, "compared", lambda s, *rest: ran.append(s.response) or found(s, *rest))
+    reward = SqlJudge(**{"rubric": "Be right.", "most": 2.0, **ROOM})
+    reward.connect(by(always(1.0)))
+    samples = [Sample("q", r, (GOLD,), {"script": SCRIPT}) for r in (GOLD, "SELECT id FROM users")]
+    reward.begin(samples)
+    reward(samples, torch.zeros(2, dtype=torch.int64))
+    assert ran == [GOLD, "SELECT id FROM users"]
+    reward(samples, torch.zeros(2, dtype=torch.int64))  # another step: what the wall clock said then is forgotten
+    assert ran == [GOLD, "SELECT id FROM users"] * 2
+
+
 def test_two_empty_results_are_unequal() -> None:
     none = "SELECT name FROM users WHERE age > 99"
     assert judged(by(always(0.5)), none, gold=none).value.tolist() == [0.5]

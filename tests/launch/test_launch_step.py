@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import socket
 import subprocess
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from rlhf_cli.compose import compose
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.launch import queue, step
+from rlhf_cli.launch.queue import Job
+from rlhf_cli.record import checkpoint
+from rlhf_cli.record.rundir import RunDir
 
 TASK = {
     "SLURM_JOB_ID": "30007", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2", "SLURM_PROCID": "5",
@@ -106,3 +111,50 @@ def test_a_step_whose_ranks_would_wait_for_a_killed_one_is_told_from_srun(
         answers["config"] = ""
         step.warn_of_waiting(found)
         assert capsys.readouterr().err == "", "rank 0 alone speaks, and not where SLURM is told otherwise"
+
+
+SILENT = "scontrol is not here or does not answer"
+
+
+def asked(monkeypatch: pytest.MonkeyPatch, answers: list[str], states: list[str]) -> tuple[list[str], list[float]]:
+    """SLURM that answers `answers` to requeues, and shows `states` when it is asked for the job's; what was asked and waited for."""
+    jobs: list[str] = []
+    waited: list[float] = []
+    monkeypatch.setattr(step.time, "sleep", waited.append)
+    monkeypatch.setattr(queue, "requeue", lambda job: jobs.append(job) or answers[len(jobs) - 1])
+    shown = iter(states)
+    monkeypatch.setattr(queue, "jobs", lambda ids: {"7": Job(next(shown))})
+    return jobs, waited
+
+
+def test_a_busy_slurm_is_asked_again_to_requeue(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs, waited = asked(monkeypatch, [SILENT, SILENT, ""], ["RUNNING"] * 3)
+    assert step._requeue("7") == "" and jobs == ["7"] * 3 and waited == [0.0, 5.0, 15.0]
+    jobs, _ = asked(monkeypatch, [SILENT] * 3, ["RUNNING"] * 3)
+    assert step._requeue("7") == SILENT and len(jobs) == 3
+    jobs, _ = asked(monkeypatch, [SILENT], ["PENDING"])
+    assert step._requeue("7") == "" and len(jobs) == 1, "the answer was lost, not the request"
+    jobs, _ = asked(monkeypatch, ["Job can not be altered"], ["CANCELLED"])
+    assert step._requeue("7") == "Job can not be altered" and len(jobs) == 1
+
+
+def test_a_time_limit_before_the_first_step_is_not_met_a_hundred_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = replace(step.here({**TASK, "SLURM_PROCID": "0"}), job="7")  # type: ignore[type-var]
+    run = RunDir(tmp_path / "a").create()
+    run.set_job("7")
+
+    def why(signal: str) -> str:
+        asked(monkeypatch, [""], ["RUNNING"] * 2)
+        return step._why_not(run, task, 100, signal)
+
+    said = "2 tries came to their time limit before their first step was done; raise launcher.time"
+    assert why("SIGUSR1") == ""
+    assert why("SIGTERM") == "", "who comes first may be preempted as often as others like"
+    assert why("SIGUSR1") == said and run.job()["job"] == "7"
+    run.prepass.write_text("{}")
+    assert why("SIGUSR1") == "", "a prepass gets on without checkpoints"
+    assert why("SIGUSR1") == ""
+    checkpoint.save(run.checkpoints, 5, lambda p: (p / "a").write_text("x") and None, keep=1)
+    assert [why("SIGUSR1") for _ in range(3)] == ["", "", said]

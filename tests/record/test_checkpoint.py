@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import signal
@@ -84,6 +85,15 @@ def test_a_crash_at_a_rename_leaves_a_valid_one(tmp_path: Path, monkeypatch: pyt
     assert (final / "model.bin").read_text() == "new"
 
 
+def test_what_a_killed_process_of_the_same_number_left_is_no_obstacle(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 10, writer("old"), keep=1)
+    stale = tmp_path / f".old-step-000010-{os.getpid()}"
+    stale.mkdir()
+    (stale / "model.bin").write_text("older")
+    final = checkpoint.save(tmp_path, 10, writer("new"), keep=1)
+    assert (final / "model.bin").read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["step-000010"]
+
+
 def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[0] ^= 1
@@ -140,6 +150,23 @@ def test_later_checkpoints_are_set_aside_when_an_older_one_is_resumed(tmp_path: 
         "checkpoint step-000020 is later than the resumed step 10; set aside as discarded-1-step-000020",
     ]
     assert checkpoint.newest_valid(tmp_path)[0] == tmp_path / "step-000010"
+
+
+def test_a_start_asked_for_sets_aside_all_that_it_leaves(tmp_path: Path) -> None:
+    own, other = three(tmp_path / "a"), three(tmp_path / "b")
+    assert checkpoint.starting_point(own, "auto") == (own / "step-000030", [])
+    path, notes = checkpoint.starting_point(own, str(own / "step-000020"))
+    assert path == own / "step-000020" and len(notes) == 1
+    assert checkpoint.newest_step(own) == 20
+    path, notes = checkpoint.starting_point(own, str(other / "step-000020"))
+    assert path == other / "step-000020" and checkpoint.newest_step(own) == -1, (
+        "its own are of another line, earlier ones too"
+    )
+    assert notes[0] == "checkpoint step-000020 belongs to the line that is left; set aside as discarded-1-step-000020"
+    assert checkpoint.starting_point(other, "never")[0] is None
+    assert sorted(p.name for p in other.iterdir()) == [f"discarded-1-step-0000{s}" for s in (10, 20, 30)]
+    with pytest.raises(ConfigError, match=r"resume=gone: manifest.json is missing; type resume=auto"):
+        checkpoint.starting_point(own, "gone")
 
 
 def test_several_writers_between_begin_and_commit(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_a_resumed_record_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     whole.start({}, None)
     whole.evaluation(0, {"reward": 0.0})
     steps(whole, 0, 6)
-    whole.done()
+    whole.finish("finished")
 
     killed = recorder(tmp_path / "b")
     killed.start({}, None)
@@ -165,7 +165,7 @@ def test_other_ranks_write_nothing_but_beat(tmp_path: Path) -> None:
     assert isinstance(quiet, Quiet)
     quiet.start({}, None)
     with quiet.phase("update"):
-        assert beat._beat[1] == "update"
+        assert beat._phase == "update"
     quiet.step(0, experience(), {})
     quiet.note("x")
     quiet.evaluation(0, {})

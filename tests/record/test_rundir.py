@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,7 +16,7 @@ import pytest
 import yaml
 
 from rlhf_cli.errors import ConfigError
-from rlhf_cli.record import files
+from rlhf_cli.record import files, rundir
 from rlhf_cli.record.provenance import provenance
 from rlhf_cli.record.redact import MARK, redact, redact_argv, redact_text
 from rlhf_cli.record.rundir import RunDir, name_run
@@ -61,6 +63,42 @@ def test_a_writer_that_is_about_to_go_is_waited_for(tmp_path: Path) -> None:
         second.claim()
     threading.Timer(0.5, first.release).start()
     assert second.claim(60) is None
+
+
+def test_the_lock_names_nobody_after_a_release_and_a_forked_child_leaves_the_name(tmp_path: Path) -> None:
+    run, lock = RunDir(tmp_path / "a").create(), tmp_path / "a" / ".lock"
+    run.claim()
+    who = json.loads(lock.read_text())
+    assert (who["pid"], who["born"]) == (os.getpid(), rundir.born(os.getpid()))
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert json.loads(lock.read_text()) == who and run.writer() == f"pid {os.getpid()} on host {who['host']}"
+    run.release()
+    assert lock.read_text() == "", "whoever comes next is not taken for this process"
+
+
+def test_a_file_system_without_locks_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDir(tmp_path / "a").create()
+    monkeypatch.setattr(rundir, "_flock", lambda *_: errno.ENOLCK)
+    run.claim()
+    said = f"rlhf: warning: {tmp_path / 'a'}: this file system has no locks; do not start it twice\n"
+    assert capsys.readouterr().err == said
+    run.release()
+
+
+def test_a_copy_has_no_job_and_a_moved_run_keeps_it(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "a").create()
+    run.set_job("12")
+    shutil.copytree(run.path, tmp_path / "b")
+    assert run.job()["job"] == "12" and RunDir(tmp_path / "b").job() == {}
+    run.path.rename(tmp_path / "c")
+    assert RunDir(tmp_path / "c").job()["job"] == "12"
+    (tmp_path / "c" / "job.json").write_text('{"job": "3"}')  # of a version that did not note the folder
+    assert RunDir(tmp_path / "c").job()["job"] == "3"
 
 
 def test_a_forked_child_does_not_keep_a_dead_run_locked(tmp_path: Path) -> None:

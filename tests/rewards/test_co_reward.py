@@ -69,6 +69,44 @@ def test_a_prompt_without_its_partner_is_missing() -> None:
         ("boxed", True, r"first \boxed{3}, no: \boxed{1,000}", "1000"),
         ("boxed", True, r"\boxed{ Blue  Car }", "blue car"),
         ("boxed", True, r"\boxed{x = 3}", "x = 3"),
+        *(
+            ("boxed", True, rf"\boxed{{{t}}}", t)
+            for t in (
+                "2^{10}",
+                "2^{5}",
+                "2,3",
+                "2,5",
+                r"\{1, 2\}",
+                r"\{1, 3\}",
+                "1:2",
+                "1:3",
+                "3+4",
+                "3-4",
+                "2 \\cdot 3",
+                "1/2/3",
+                "5!",
+                "1/0",
+            )
+        ),
+        *(
+            ("boxed", True, rf"\boxed{{{t}}}", n)
+            for t, n in (
+                ("-3", "-3"),
+                ("+3", "3"),
+                ("3.", "3"),
+                (r"\$1,234.50", "2469/2"),
+                ("50\\%", "50"),
+                ("50 %", "50"),
+                ("$7$", "7"),
+                ("7 €", "7"),
+                (r"-\dfrac{2}{4}", "-1/2"),
+                (r"2\frac{1}{2}", "5/2"),
+                ("2{,}000", "2000"),
+                (r"12\,000", "12000"),
+                ("1e3", "1000"),
+                ("-$5", "-5"),
+            )
+        ),
         ("boxed", True, "the answer is 7", None),
         ("boxed", True, r"\boxed{ }", None),
         ("boxed", False, r"\boxed{0.50}", "0.50"),

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from rlhf_cli.rewards.math_answer import MathAnswer
+from rlhf_cli.rewards.math_answer import MathAnswer, final_number
 from rlhf_cli.types import Sample
 
 
@@ -36,6 +36,43 @@ def test_only_the_last_box_counts():
     # The library alone would merge both boxes into the set {3, 4}, which matches neither.
     assert values("4", r"\boxed{3}. Wait, \boxed{4}") == [1] and values("3", r"\boxed{3}. Wait, \boxed{4}") == [0]
     assert values("3", r"\boxed{3} or \boxed{4", "#### 3") == [0, 1]
+
+
+def test_a_heading_is_no_answer_and_the_later_mark_counts():
+    steps = "#### Step 1: add\n2+2=4\n\n"
+    assert (
+        values(
+            "4", steps + r"The answer is $\boxed{4}$", steps + "It is 4.", steps + "#### 4", "#### 2. Add\n2+2 is $4$"
+        )
+        == [1] * 4
+    )
+    assert (
+        values(
+            "4",
+            "#### **Result**\nIt is 4",
+            "\\boxed{4}\n\n#### Check\n5-1",
+            "#### $4$\nSo it is, not 5.",
+            "##### 5\n\\boxed{4}",
+        )
+        == [1] * 4
+    )
+    assert values("4", "#### 5\nNo: \\boxed{4}", "#### \\boxed{4}", "\\boxed{4}\n#### 5", "#### 5\n#### 4") == [
+        1,
+        1,
+        0,
+        1,
+    ]
+    assert values("blue", "So:\n#### blue") == [1] and scores(
+        "4", steps + "It is 4.", extract="marked"
+    ).value.tolist() == [0]
+
+
+def test_numbers_too_stand_at_the_later_mark():
+    read = [
+        final_number(t, "any")
+        for t in ("#### 1 add\n\\boxed{4}", "\\boxed{3}\n#### 4", "#### 4\nThat is 5 - 1", "#### \\boxed{4}")
+    ]
+    assert read == [4] * 4
 
 
 def test_marked_wants_a_mark():

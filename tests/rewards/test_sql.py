@@ -2,6 +2,8 @@
 
 import json
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ SCRIPT = (
     "INSERT INTO users VALUES (1,'ann',40,'a'),(2,'bob',20,'b'),(3,'cid',50,'c'),(4,'ann',60,'d');"
 )
 GOLD = "SELECT name FROM users AS u WHERE u.age > 30"
+COUNT = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x+1 FROM c WHERE x < 300)"
 LIMITS = Limits(1_000_000, 10.0, 100)
 
 
@@ -102,6 +105,11 @@ def test_two_empty_results_are_what_the_setting_says():
             "over 1000000 instructions",
         ),
         ("SELECT a.id FROM users a, users b, users c, users d", "over 100 rows"),
+        (f"{COUNT} SELECT x, zeroblob(999000) FROM c LIMIT 100", "^$"),
+        (f"{COUNT} SELECT zeroblob(999000), zeroblob(999000) FROM c LIMIT 100", "too large, over 100 MB"),
+        (f"{COUNT} SELECT group_concat(hex(zeroblob(499000))) FROM c", "too big"),
+        ("SELECT printf('%.*c', 2000000, 'x') || 1", "^$"),  # NULL
+        (f"SELECT {', '.join(['1'] * 257)}", "too many columns"),
         ("SELECT 1" + "\0", "null character"),
         ("", "it is no query"),  # SQLite runs nothing without complaint
         ("-- SELECT 1", "it is no query"),
@@ -115,6 +123,53 @@ def test_what_a_query_may_not_do(query, why):
     result = run(connection, query, LIMITS)
     assert re.search(why, result.error), result
     assert not result.late and run(connection, "SELECT * FROM users", LIMITS) == before
+
+
+def test_what_sqlite_sorts_and_holds_is_limited_and_touches_no_disk():
+    # In a process of its own: SQLite's limit of memory is one of the process, and is only ever lowered.
+    code = (
+        "from rlhf_cli.rewards import sqlite\nsqlite.HEAP = 1 << 24\nc, limits = sqlite._made('CREATE TABLE t (a)'), sqlite.Limits(10**6, 60.0, 10)\n"
+        f"for q in ('{COUNT} SELECT hex(zeroblob(499000)) h FROM c ORDER BY h', 'SELECT ' + ', '.join(['hex(zeroblob(499000))'] * 99), 'SELECT 1'):\n"
+        "    print(sqlite.run(c, q, limits)[:2])\nprint(sqlite._made('CREATE TABLE t (a); INSERT INTO t VALUES (zeroblob(20000000))'))\n"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    over = "takes over 16 MB of memory"
+    assert said[:3] == [f"([], 'it {over}')", f"([], 'it {over}')", "([(1,)], '')"]
+    assert said[3] == f"its database {over}; name a file of SQLite in meta.database"
+
+
+def test_a_table_may_be_wider_than_a_result():
+    columns = ", ".join(f"c{i} INTEGER" for i in range(300))
+    connection = sqlite._made(f"CREATE TABLE wide ({columns}); INSERT INTO wide (c299) VALUES (7)")
+    assert run(connection, "SELECT c299 FROM wide", LIMITS).rows == [(7,)]
+
+
+def test_the_clock_of_queries_stands_still():
+    made = "CREATE TABLE t (a DEFAULT CURRENT_TIMESTAMP, b); INSERT INTO t (b) VALUES (date('now'))"
+    connection = sqlite._made(made)
+    assert run(connection, "SELECT a, b FROM t", LIMITS).rows == [("2025-01-01 00:00:00", "2025-01-01")]
+    for query, value in {
+        "CURRENT_DATE || CURRENT_TIME": "2025-01-0100:00:00",
+        "date()": "2025-01-01",
+        "datetime('NOW', 'localtime', '+1 day')": "2025-01-02 00:00:00",
+        "julianday('now') - julianday('2024-12-31')": 1.0,
+        "strftime('%Y') - strftime('%Y', '2000-05-05')": 25,
+        "date('2024-02-29', '+1 year', 'utc')": "2025-03-01",
+        "time('x')": None,
+        "strftime('%s', 'now')": "1735689600",  # seconds to 2025: 20,089 days
+    }.items():
+        assert run(connection, f"SELECT {query}", LIMITS).rows == [(value,)], query
+
+
+def test_connections_serve_every_thread():
+    from concurrent.futures import ThreadPoolExecutor
+
+    connection = sqlite.connect({"script": SCRIPT}, "packaged")
+    with ThreadPoolExecutor(4) as pool:
+        results = pool.map(
+            lambda _: run(connection, "SELECT id FROM users WHERE date('now') > '2000'", LIMITS), range(50)
+        )
+    assert all(r.rows == [(1,), (2,), (3,), (4,)] for r in results)
 
 
 def test_the_wall_clock_makes_a_score_missing_and_the_work_makes_it_zero():

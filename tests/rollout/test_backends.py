@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import queue
+import subprocess
+import sys
+from concurrent.futures import Future
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,14 +19,15 @@ from torch import nn
 from rlhf_cli.compose import compose
 from rlhf_cli.config import LoraSection
 from rlhf_cli.engine.comm import Comm
-from rlhf_cli.errors import ConfigError
+from rlhf_cli.errors import ConfigError, GateError
 from rlhf_cli.models.export import merged_state
 from rlhf_cli.models.lora import add_lora
 from rlhf_cli.models.tiny import tiny_causal, tiny_tokenizer
 from rlhf_cli.plan import validate
 from rlhf_cli.rollout import vllm as backend
 from rlhf_cli.rollout.sampler import Decoding
-from rlhf_cli.rollout.vllm_engine import Answer, flag
+from rlhf_cli.rollout.vllm_engine import Answer, stopped
+from rlhf_cli.rollout.vllm_process import flag, watch
 from rlhf_cli.rollout.vllm_sync import chunks, plain_weights
 
 VLLM = ["rollout=vllm", "hardware.device=cpu"]
@@ -110,6 +117,60 @@ def test_arguments_as_a_command_line() -> None:
     assert flag("enable_sleep_mode", False) == ["--no-enable-sleep-mode"]
     assert flag("weight_transfer_config", {"backend": "nccl"}) == ["--weight-transfer-config", '{"backend": "nccl"}']
     assert flag("seed", 0) == ["--seed", "0"]
+
+
+# -- its processes ------------------------------------------------------------------------------------------------------
+
+STARTED = """
+import multiprocessing, signal
+from rlhf_cli.launch.stop import SIGNALS
+from rlhf_cli.rollout.vllm_process import deaf
+
+def missing(pipe):
+    signal.signal(signal.SIGTERM, lambda *a: None)
+    pipe.send(set(SIGNALS) - signal.pthread_sigmask(signal.SIG_BLOCK, []))
+
+if __name__ == "__main__":
+    ours, theirs = multiprocessing.Pipe()
+    with deaf():
+        multiprocessing.get_context("spawn").Process(target=missing, args=(theirs,)).start()
+    print(ours.recv(), signal.pthread_sigmask(signal.SIG_BLOCK, []))
+"""
+
+
+def test_what_starts_deaf_hears_no_signal_that_asks_to_stop(tmp_path: Path) -> None:
+    script = tmp_path / "started.py"
+    script.write_text(STARTED)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
+    assert done.stdout == "set() set()\n", (
+        "the child lacks none of them in its mask; the parent has none left in its own"
+    )
+
+
+def test_whoever_waits_for_an_engine_learns_that_it_died() -> None:
+    alive, dies = os.pipe()
+    asked: Future[int] = Future()
+    answered: Future[int] = Future()
+    answered.set_result(1)
+    core = SimpleNamespace(
+        resources=SimpleNamespace(engine_dead=False, engine_manager=SimpleNamespace(sentinels=lambda: [alive])),
+        outputs_queue=queue.Queue(),
+        utility_results={1: answered, 2: asked},
+    )
+    watch(core, lambda: RuntimeError("gone"))
+    assert not core.resources.engine_dead and not asked.done()
+    os.close(dies)
+    with pytest.raises(RuntimeError, match="gone"):
+        asked.result(timeout=60)
+    assert core.resources.engine_dead and str(core.outputs_queue.get(timeout=60)) == "gone" and answered.result() == 1
+    os.close(alive)
+
+
+def test_a_response_that_was_broken_off_is_none() -> None:
+    assert stopped("stop") is True and stopped("length") is False
+    for reason in ("abort", "error", None):
+        with pytest.raises(GateError, match=f"vLLM ended a response with {reason!r}, neither at a stop nor at"):
+            stopped(reason)
 
 
 # -- the sampler around an engine that only repeats what it is told ----------------------------------------------------

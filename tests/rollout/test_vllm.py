@@ -6,10 +6,12 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,13 @@ import torch
 from vllm_bed import PROMPTS, WARM, Bed, llama
 
 from rlhf_cli.config import LoraSection
-from rlhf_cli.errors import GateError
+from rlhf_cli.errors import ConfigError, GateError
+from rlhf_cli.launch.stop import SIGNALS
 from rlhf_cli.models.lora import add_lora
 from rlhf_cli.models.tiny import tiny_tokenizer
 from rlhf_cli.rollout.sampler import Decoding
-from rlhf_cli.rollout.vllm_engine import JOINED
+from rlhf_cli.rollout.vllm_guard import marked
+from rlhf_cli.rollout.vllm_process import JOINED
 
 pytestmark = [
     pytest.mark.slow,
@@ -153,6 +157,43 @@ def test_adapters_reach_the_engine(bed: Bed) -> None:
     assert bed.agree().ids != before.ids
 
 
+def of_engine(bed: Bed) -> list[int]:
+    """Its processes, as the guard finds them."""
+    return marked(bed.sampler.engine._guard.mark)
+
+
+def undisturbed_by_signals(bed: Bed) -> None:
+    """What a cluster sends to every process of a job, or a terminal to its foreground, changes no draw."""
+    draw = lambda: bed.sampler.sample(PROMPTS, 8, range(24), WARM)  # noqa: E731
+    alone, pids, drawn = draw(), of_engine(bed), False
+    assert len(pids) >= 2, "an engine and its worker"
+
+    def disturb() -> int:
+        rounds = 0
+        while not drawn:
+            for pid in (*pids, bed.sampler.engine._guard._process.pid):
+                for number in SIGNALS:
+                    os.kill(pid, number)
+            rounds += 1
+            time.sleep(0.005)
+        return rounds
+
+    with ThreadPoolExecutor(1) as beside:
+        rounds = beside.submit(disturb)
+        disturbed = draw()
+        drawn = True
+        assert rounds.result() > 1
+    assert disturbed.ids == alone.ids and torch.equal(disturbed.truncated, alone.truncated)
+    assert torch.allclose(disturbed.logp, alone.logp, atol=1e-5)
+    bed.step()
+    bed.publish()
+    assert of_engine(bed) == pids and bed.sampler.engine._guard._process.poll() is None
+
+
+def test_signals_that_ask_a_run_to_stop_do_not_reach_an_engine(bed: Bed) -> None:
+    undisturbed_by_signals(bed)
+
+
 def test_a_server_on_this_machine_does_the_same() -> None:
     bed = Bed("rollout.vllm.mode=server")
     try:
@@ -163,8 +204,15 @@ def test_a_server_on_this_machine_does_the_same() -> None:
         assert bed.agree().ids != before.ids
         drawn = bed.sampler.sample(PROMPTS, 2, range(6), WARM)
         assert bed.sampler.sample(PROMPTS, 2, range(6), WARM).ids == drawn.ids
+        undisturbed_by_signals(bed)
+        core = next(p for p in of_engine(bed) if b"EngineCore" in Path(f"/proc/{p}/cmdline").read_bytes())
+        os.kill(core, signal.SIGKILL)
+        with pytest.raises(ConfigError, match=r"^the vLLM server died; out of memory\? see dmesg and .*\.log$"):
+            bed.sampler.sample(PROMPTS, 2, range(6), WARM)
+        mark = bed.sampler.engine._guard.mark
     finally:
         bed.sampler.close()
+    assert marked(mark) == []
 
 
 def test_two_ranks_share_a_server_and_draw_what_one_rank_draws(tmp_path: Path) -> None:
@@ -238,6 +286,56 @@ def test_a_run_trains_with_lora_and_resumes_where_it_was(folder: Path, tmp_path:
     assert rows(again) == made
 
 
+def test_ranks_with_an_engine_each_and_a_server_draw_the_same(folder: Path, tmp_path: Path) -> None:
+    words = [
+        "train", "debug=tiny", "rollout=vllm", "model=path", f"model.path={folder}", "steps=2", "hardware.device=cpu", "hardware.threads=1",
+        "dataset.max_prompt_tokens=512", "rollout.rows=8", f"run.dir={tmp_path}",
+    ]  # fmt: skip
+    rlhf(*words, "rollout.vllm.mode=server", "run.name=server")
+    rlhf(*words, "hardware.processes=2", "run.name=ranks")
+    server, ranks = tmp_path / "server", tmp_path / "ranks"
+    for run in (server, ranks):
+        made = rows(run)
+        assert [r["step"] for r in made] == [1, 2] and all(r["policy/sampler_gap"] < 1e-4 for r in made)
+        assert all(r["rollout/changed_tensors"] == r["rollout/synced_tensors"] > 0 for r in made)
+        assert "finished" in (run / "status.json").read_text()
+    assert (ranks / "logs" / "vllm-rank-1.log").stat().st_size > 0
+    drawn = [[json.loads(x) for x in (run / "samples.jsonl").read_text().splitlines()] for run in (server, ranks)]
+    first = [[r["response"] for r in one if r["step"] == 1] for one in drawn]
+    assert first[0] == first[1] and len(first[0]) > 1
+
+
+def children(pid: int) -> list[int]:
+    return [int(p) for path in Path(f"/proc/{pid}/task").glob("*/children") for p in path.read_text().split()]
+
+
+def test_a_killed_engine_ends_the_run_in_one_line(folder: Path, tmp_path: Path) -> None:
+    words = [
+        "train", "debug=tiny", "rollout=vllm", "model=path", f"model.path={folder}", "steps=10000", "hardware.device=cpu",
+        "hardware.threads=1", "dataset.max_prompt_tokens=512", "rollout.rows=8", f"run.dir={tmp_path}", "run.name=one",
+        "checkpoint.every=0",
+    ]  # fmt: skip
+    run = tmp_path / "one"
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [sys.executable, "-m", "rlhf_cli.cli", *words], stdout=pipe, stderr=pipe, text=True
+    ) as learner:
+        end = time.monotonic() + 300
+        while not (run / "metrics.jsonl").exists() and time.monotonic() < end and learner.poll() is None:
+            time.sleep(0.05)
+        core = next(p for p in children(learner.pid) if b"EngineCore" in Path(f"/proc/{p}/cmdline").read_bytes())
+        (worker,) = children(core)
+        os.kill(worker, signal.SIGSTOP)  # the learner surely waits for it
+        time.sleep(1)
+        os.kill(worker, signal.SIGKILL)
+        said = learner.communicate(timeout=60)[1]
+    log = run / "logs" / "vllm-rank-0.log"
+    assert learner.returncode == 2
+    assert said.endswith(f"rlhf: error: the vLLM engine died; out of memory? see dmesg and {log}\n"), said
+    status = json.loads((run / "status.json").read_text())
+    assert status["status"] == "failed" and "the vLLM engine died" in status["reason"]
+
+
 ENGINE = """
 import sys
 from pathlib import Path
@@ -253,8 +351,6 @@ sys.stdin.read()
 
 @pytest.mark.parametrize("mode", ["inprocess", "server"])
 def test_nothing_of_an_engine_outlives_a_killed_learner(mode: str, folder: Path, tmp_path: Path) -> None:
-    from rlhf_cli.rollout.vllm_guard import marked
-
     words = [sys.executable, "-c", ENGINE, mode, str(folder), str(tmp_path / "log")]
     learner = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert learner.stdout is not None

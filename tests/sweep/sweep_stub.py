@@ -1,7 +1,7 @@
 """A stand-in for `rlhf train`, run as a script: milliseconds a step, the same files, the same answer to signals.
 
 The score after step n is 1000 * optim.lr * n + seed / 100. Seed 13 fails until a file `mended` lies beside the sweep;
-seed 7 ends like one that handed its run to a queue. A point stands still after a step, until it is asked to stop, while `hold-POINT` or
+seed 7 ends like one that handed its run to a queue, seed 75 like one that hung, and seed 76 like one that somebody cancelled. A point stands still after a step, until it is asked to stop, while `hold-POINT` or
 `hold`, for every point, lies beside the sweep.
 """
 
@@ -38,6 +38,10 @@ def main(argv: list[str]) -> int:
     if seed == 13 and not (sweep / "mended").exists():
         print("loading\nrlhf: error: seed 13 is unlucky", flush=True)
         return 3
+    if seed in (75, 76):
+        status, reason = ("failed", "rank 0 silent for 9 s in phase update") if seed == 75 else ("preempted", "SIGTERM")
+        write(path, "status.json", {"status": status, "step": 1, "reason": reason})
+        return 75
     names = {"algo": words.get("algo", "grpo"), "reward": words.get("reward", "bleu")}
     config = {"seed": seed, "steps": steps, "optim": {"lr": lr}, "reward": {names["reward"]: {}}, "names": names}
     write(path, "config.yaml", config)

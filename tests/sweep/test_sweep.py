@@ -92,6 +92,25 @@ def test_one_failure_does_not_stop_the_rest_and_is_retried_on_request(capfd: pyt
     assert starts() == ["seed=13", "seed=1", "seed=13"]
 
 
+def test_a_point_that_hung_failed_and_one_that_was_cancelled_is_told(capfd: pytest.CaptureFixture[str]) -> None:
+    assert sweep("seed=75,1") == 1
+    assert states() == ["failed", "finished"]
+    assert record()["points"][0]["error"] == "rank 0 silent for 9 s in phase update"
+    assert sweep("seed=75,1") == 1 and starts() == ["seed=75", "seed=1"], "it would hang again, so not unasked"
+    capfd.readouterr()
+    assert sweep("seed=76,1", "sweep.name=t") == 75
+    out = capfd.readouterr().out
+    assert "2 points: 1 finished, 1 interrupted" in out
+    assert "stopped on the way: seed=76; go on with: rlhf train -m sweep.name=s seed=76,1 sweep.name=t" in out
+
+
+def test_a_failure_of_an_earlier_try_is_not_this_ones(tmp_path: Path) -> None:
+    point = RunDir(tmp_path / "a").create()
+    point.write_json("status.json", {"status": "failed", "reason": "x"})
+    assert run.ended(75, point, point.status(), asked=False) == "interrupted"
+    assert run.ended(75, point, {}, asked=True) == "failed"
+
+
 def test_a_wrong_point_starts_none(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match=r"seed=x: wanted int"):
         sweep("seed=1,x")
@@ -203,6 +222,19 @@ def test_two_processes_do_not_run_one_sweep() -> None:
     other.release()
 
 
+def test_the_record_is_read_under_the_lock_and_an_error_lets_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str | None] = []
+
+    def opened(path: Path, *_: object) -> None:
+        seen.append(RunDir(path).writer())
+        raise ConfigError("defined otherwise")
+
+    monkeypatch.setattr(run.Record, "open", opened)
+    with pytest.raises(ConfigError, match="defined otherwise"):
+        sweep("seed=1")
+    assert seen[0] is not None and RunDir("runs/sweeps/s").writer() is None
+
+
 def test_a_point_handed_to_a_queue_is_submitted_once(capfd: pytest.CaptureFixture[str]) -> None:
     assert sweep("seed=7,1") == 0
     assert states() == ["submitted", "finished"]
@@ -252,10 +284,10 @@ def test_a_submitted_point_is_not_started_again_unasked(
 
 def test_a_point_that_was_stopped_after_it_had_been_handed_over_is_submitted(tmp_path: Path) -> None:
     point = RunDir(tmp_path / "a").create()
-    assert run.ended(-signal.SIGTERM, point, asked=True) == "interrupted"
+    assert run.ended(-signal.SIGTERM, point, {}, asked=True) == "interrupted"
     point.write_json("job.json", {"job": "5"})
-    assert run.ended(-signal.SIGTERM, point, asked=True) == "submitted"
-    assert run.ended(-signal.SIGKILL, point, asked=False) == "failed"
+    assert run.ended(-signal.SIGTERM, point, {}, asked=True) == "submitted"
+    assert run.ended(-signal.SIGKILL, point, {}, asked=False) == "failed"
 
 
 def test_other_sweepers_and_launchers_go_to_hydra() -> None:
