@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 rlhf=.venv/bin/rlhf
-METHODS=${METHODS:-reinforce,reinforce_pp,reinforce_pp_baseline,rloo,remax,ppo,ppo_shared,grpo,dr_grpo,dapo,gspo,gspo_token,cispo}
+METHODS=${METHODS:-reinforce,reinforce_pp,reinforce_pp_baseline,rloo,remax,ppo,ppo_shared,grpo,dr_grpo,dapo,gspo,cispo}
 SEEDS=${SEEDS:-1,2,3}
 STEPS=${STEPS:-12}
 PARALLEL=${PARALLEL:-2}
