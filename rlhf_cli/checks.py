@@ -111,7 +111,10 @@ def _conflicts(cfg: Any) -> Iterable[tuple[bool, str]]:
         r.cuda_graphs and (hw.device == "cpu" or r.backend != "builtin" or bool(cfg.model.lora.r)),
         "rollout.cuda_graphs works on an NVIDIA GPU, with rollout=builtin and without model.lora; type rollout.cuda_graphs=false",
     )
-    yield not 0 < r.top_p <= 1, f"rollout.top_p={r.top_p}: must be above 0 and at most 1"
+    for key, top_p in (("rollout", r.top_p), ("prepass", cfg.prepass.top_p)):
+        yield top_p is not None and not 0 < top_p <= 1, f"{key}.top_p={top_p}: must be above 0 and at most 1"
+    t = cfg.prepass.temperature
+    yield t is not None and t <= 0, f"prepass.temperature={t}: must be above 0; null is as in training"
     yield (
         hw.offload == "cpu" and hw.zero < 2,
         f"hardware.offload=cpu needs hardware.zero=2 or 3; it is {hw.zero}",

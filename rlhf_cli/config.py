@@ -270,6 +270,8 @@ class PrepassSection:
     """Responses of the initial policy to every training prompt, where a stage compares with them; see docs/shaping.md."""
 
     samples: int = 10  # responses per training prompt
+    temperature: float | None = None  # at which they are drawn; null: as in training
+    top_p: float | None = None  # their nucleus; null: as in training
     canned: str = ""  # an acceptable answer, the same to every prompt, whose rewards shaping=lsc_canned compares with
     path: str = ""  # a run, or its prepass.jsonl, whose responses and scores are used instead; empty: made before the first step
 

@@ -256,10 +256,11 @@ def _distinct(hashes: Tensor, owner: Tensor, owners: int) -> Tensor:
 def frontier(exp: Experience) -> dict[str, list[float]]:
     """KL of the sampling policy from the reference of each response, nats: k1 = sum_t log pi - log ref, k3 = sum_t ref/pi - 1 - log ref/pi.
 
-    The frontier is the reward over sqrt(KL): runs compare at equal KL, not at equal step. See Gao et al., Scaling Laws for
-    Reward Model Overoptimization, arXiv:2210.10760; the estimators: Schulman, Approximating KL divergence, 2020.
+    Where a mask forbade tokens it is that of the whole policy, if the run knows it: the reference is whole too. The frontier is the
+    reward over sqrt(KL): runs compare at equal KL, not at equal step. See Gao et al., Scaling Laws for Reward Model
+    Overoptimization, arXiv:2210.10760; the estimators: Schulman, Approximating KL divergence, 2020.
     """
-    sampled = exp.behavior_logp if exp.behavior_logp is not None else exp.old_logp
+    sampled = next((x for x in (exp.full_logp, exp.behavior_logp, exp.old_logp) if x is not None), None)
     if exp.ref_logp is None or sampled is None:
         return {}
     gap = ((exp.ref_logp - sampled) * exp.mask).double()

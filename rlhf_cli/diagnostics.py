@@ -32,6 +32,11 @@ def kl_reference(logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
     return _mean(d.exp() - 1 - d, mask)
 
 
+def kl_reference_whole(full_logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
+    """`kl_reference` where a mask forbade tokens: of the whole policy at the start of the step, since the reference is whole too."""
+    return kl_reference(full_logp, ref_logp, mask)
+
+
 def sampler_gap(old_logp: Tensor, behavior_logp: Tensor, mask: Tensor) -> Tensor:
     """Mean |log-prob difference| between the learner before the update and the sampler, nats per token."""
     return _mean((old_logp - behavior_logp).abs(), mask)
@@ -85,3 +90,5 @@ DIAGNOSTICS = {
     "reward_accuracy": reward_accuracy,
     "explained_variance": explained_variance,
 }
+WHOLE = {"kl": kl_reference_whole}
+"""What is taken instead in runs that have its columns."""

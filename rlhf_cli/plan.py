@@ -113,13 +113,15 @@ def _stage(
         raise ConfigError(
             f"{name}: {_short(sig)} compares the responses to one prompt, and batch.samples={cfg.batch.samples}; type batch.samples=4 or more"
         )
-    plan.stages.append(Stage(name, _short(sig), frozenset(sig.columns), gives or sig.gives))
+    needs = frozenset(sig.columns) - {"components"}  # which come with the score
+    plan.stages.append(Stage(name, _short(sig), needs, gives or sig.gives))
     have.update(gives or sig.gives)
 
 
 SOURCE_ONLY = {
     **dict.fromkeys(("gap", "category"), "a reward brings it: type reward=[by_category,clause_distance]"),
     "hardness": "a reward brings it: type reward=[by_category,clause_distance]",
+    "best": "a reward with levels brings it: type reward=levels, or reward=levels_knights",
     "turn_reward": "only the turns of a dialogue have one: type environment=NAME (rlhf list environment)",
     "baseline": "it is the score of a greedy response, and recorded rows have none: type source=sampled",
     "behavior_logp": "recorded rows were not drawn by this policy: type source=sampled",
@@ -130,7 +132,7 @@ SOURCE_ONLY = {
 def _why_absent(cfg: Any, plan: Plan, column: str, learner: str) -> str:
     if column == "pairs":
         return "no stage makes pairs: choose a dataset with preferences (dataset=preferences), or a reward and select=best_vs_worst"
-    if column in ("score", "reward", *plan_reward.REFERENCE):
+    if column in ("score", "components", "reward", *plan_reward.REFERENCE):
         return (
             "no reward gives a score: type reward=bleu (rlhf list reward)"
             if plan.source == "sampled"
@@ -182,6 +184,7 @@ def _select(cfg: Any, plan: Plan, have: set[str]) -> None:
             plan.notes.append("select is not used: recorded rows carry their own pairs")
         return
     sig = _check(cfg, cfg.select, "select")
+    plan_reward.check_metric(cfg)
     _stage(cfg, plan, have, "select", sig, sig.gives)
 
 

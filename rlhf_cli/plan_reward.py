@@ -59,7 +59,7 @@ def scorers(cfg: Any, plan: Plan, have: set[str]) -> None:
                 ("score", *brought),
             )
         )
-        have.update(("score", *brought))
+        have.update(("score", "components", *brought))
         plan.stages += [Stage(k, _short(s), frozenset(s.columns) - {"score"}) for k, s in shapers(cfg, one)]
         if sig.flags.get("asks_judge"):
             check_section(cfg.judge)
@@ -130,6 +130,11 @@ def _prepass(cfg: Any, plan: Plan, have: set[str]) -> None:
 def _combination(cfg: Any, plan: Plan) -> None:
     """The rule, where there is more than one source to combine."""
     weights = sources(cfg)
+    if weights and not any(weights.values()):
+        plan.notes.append(
+            f"every reward has weight 0 ({', '.join(weights)}): they are logged, and each response scores 0; "
+            f"to train on one, type {reward_nodes(cfg)[0].key}.weight=1, or add another reward"
+        )
     sig = rule(cfg)
     if sig is None or not weights:
         return
@@ -213,6 +218,16 @@ def check(cfg: Any) -> None:
     _check_chain([(k, s) for k, s in _stages(cfg) if k.startswith("shaping.")])
     for node in nodes:
         _check_chain(shapers(cfg, node))
+
+
+def check_metric(cfg: Any) -> None:
+    """A selection that judges one reward needs that reward."""
+    metric, names = cfg.select.get("metric", ""), [node.name for node in reward_nodes(cfg)]
+    if metric and metric.partition("/")[0] not in names:
+        raise ConfigError(
+            f"select.metric={metric}: no such reward; there are {', '.join(names)}{nearest(metric, names)}; one that is only judged: "
+            "reward=[a,b] reward.b.weight=0 select.metric=b"
+        )
 
 
 STALE = (

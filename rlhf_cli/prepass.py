@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,18 +82,6 @@ class References:
         return self.scores[name]
 
 
-def scores_by_uid(lines: Iterable[Line], weights: Mapping[str, float]) -> dict[str, list[float]]:
-    """Prompt -> the weighted sum of the sources for each of its responses; responses that lack one are left out.
-
-    What a choice of the hardest prompts needs: those with the smallest mean.
-    """
-    found: dict[str, list[float]] = {}
-    for line in lines:
-        rows = zip(*([(w, x) for x in line["scores"][n]] for n, w in weights.items() if w), strict=True)
-        found[line["uid"]] = [sum(w * x for w, x in row) for row in rows if all(x is not None for _, x in row)]
-    return found
-
-
 @dataclass
 class Prepass:
     """Makes the file, or goes on with it, or reads that of another run.
@@ -103,6 +91,7 @@ class Prepass:
         sampler: with the weights of the initial policy.
         scorer: the run's rewards, raw.
         samples: responses per prompt; `canned`: an answer that is scored besides.
+        drawing: what is drawn otherwise than in training.
         seed: of every response.
         path: the file; `given`: it is another run's.
         header: what makes it, see `fingerprint`.
@@ -119,6 +108,7 @@ class Prepass:
     header: Line
     given: bool = False
     canned: str = ""
+    drawing: Mapping[str, float] = field(default_factory=dict)
     rest: Callable[[], None] = lambda: None
     found: References | None = None
 
@@ -189,7 +179,7 @@ class Prepass:
     def _drawn(self, chosen: Sequence[int], records: Sequence[Record]) -> list[Line]:
         k = self.samples
         seeds = [row_seed(self.seed, -2, i, j) for i in chosen for j in range(k)]
-        decoding = replace(self.sampler.decoding, wave=CHUNK * k)
+        decoding = replace(self.sampler.decoding, wave=CHUNK * k, **self.drawing)
         done = early(getattr(self.scorer, "begin", None), self.sampler, records)
         drawn = draw(self.sampler, [self.encoded[i] for i in chosen], k, seeds, self.comm, decoding, done)
         texts = texts_of(self.sampler, drawn.ids)
@@ -218,9 +208,14 @@ def fingerprint(cfg: Any) -> Line:
         "samples": cfg.prepass.samples,
         "model": _weights(cfg.model, cfg.seed),
         "reward": {node.name: _scorer(cfg, node.key, node.settings) for node in reward_nodes(cfg)},
-        "decoding": {k: rollout[k] for k in kept},
+        "decoding": {k: rollout[k] for k in kept} | drawing(cfg),
         "canned": cfg.prepass.canned,
     }
+
+
+def drawing(cfg: Any) -> dict[str, float]:
+    """The settings of decoding that are not those of training."""
+    return {k: float(v) for k in ("temperature", "top_p") if (v := cfg.prepass[k]) is not None}
 
 
 def refuse(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: Path) -> None:
@@ -333,5 +328,6 @@ def make_prepass(
     header = {**fingerprint(cfg), "samples": k}
     return Prepass(
         records, encoded, sampler, scorer, comm, samples=k, seed=cfg.seed,
-        path=file_of(cfg.prepass.path) if given else own, header=header, given=given, canned=cfg.prepass.canned, rest=rest,
+        path=file_of(cfg.prepass.path) if given else own, header=header, given=given, canned=cfg.prepass.canned,
+        drawing=drawing(cfg), rest=rest,
     )  # fmt: skip

@@ -5,7 +5,7 @@ Groups are ragged: rows may have been dropped before. A tie or a group of one sc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -52,17 +52,19 @@ def keep_all() -> Selection:
     return Selection()
 
 
-def drop_zero_variance(score: Tensor, group: Tensor) -> Selection:
-    """Drop the groups whose scores are all equal: they carry no group advantage.
+def drop_zero_variance(score: Tensor, group: Tensor, components: Mapping[str, Tensor], *, metric: str) -> Selection:
+    """Drop the groups whose scores, or whose values of the task's metric, are all equal.
 
     The filter of dynamic sampling, without the resampling: Yu et al., "DAPO: An Open-Source LLM Reinforcement Learning
     System at Scale", arXiv:2503.14476, section 3.2.
 
     Args:
-        score: task score of each row, [N]
+        score: score of each row before shaping, [N]
         group: rows of one prompt share it, [N] int64
+        components: the rewards by name, [N] each
+        metric: the reward, or REWARD/PART, that is judged, e.g. an accuracy beside a format; empty: the score
     """
-    g = grouped(score, group)
+    g = grouped(components[metric] if metric else score, group)
     keep = (~g.flat)[g.index].nonzero().squeeze(-1)
     kept_groups = len((~g.flat).nonzero())
     return Selection(keep, None, _dropped(len(score) - len(keep), len(g.size) - kept_groups))
@@ -100,16 +102,20 @@ def mask_truncated(mask: Tensor, truncated: Tensor) -> Narrowed:
 
 
 @gives("mask")
-def drop_zero_variance_mask_truncated(score: Tensor, group: Tensor, mask: Tensor, truncated: Tensor) -> Narrowed:
+def drop_zero_variance_mask_truncated(
+    score: Tensor, group: Tensor, mask: Tensor, truncated: Tensor, components: Mapping[str, Tensor], *, metric: str
+) -> Narrowed:
     """`drop_zero_variance`, and `mask_truncated` on what stays.
 
     Args:
-        score: task score of each row, [N]
+        score: score of each row before shaping, [N]
         group: rows of one prompt share it, [N] int64
         mask: trained tokens, [N, T] bool
         truncated: reached the token limit before EOS or a stop, [N] bool
+        components: the rewards by name, [N] each
+        metric: the reward, or REWARD/PART, that is judged; empty: the score
     """
-    dropped, masked = drop_zero_variance(score, group), mask_truncated(mask, truncated)
+    dropped, masked = drop_zero_variance(score, group, components, metric=metric), mask_truncated(mask, truncated)
     return Narrowed(masked.mask, dropped.keep, stats={**dropped.stats, **masked.stats})
 
 

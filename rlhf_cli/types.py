@@ -59,6 +59,7 @@ class Experience:
     hardness: Tensor = column("N")  # 1 - similarity of the response to the demonstration
     gap: Tensor = column("N")  # reward of the demonstration minus that of the response
     category: Tensor = column("N")  # rows of one category share it
+    best: Tensor = column("N")  # 1 where the reward's rules give the best level, else 0
     ref_scores: Tensor = column(
         "N R"
     )  # of the initial policy's responses to the row's prompt, in units of `score`; NaN: missing

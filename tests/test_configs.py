@@ -166,9 +166,10 @@ def term_words(group: str, name: str) -> list[str]:
     sig, _ = check_node(option_node(group, name), name)
     takes = set(sig.columns)
     if "score_new" in takes:
-        base, learner = ["algo=reward_model", *PAIRS], "reward"
+        base, learner = ["algo=reward_model", *(["dataset=scored"] if "label" in takes else PAIRS)], "reward"
     elif "score" in takes:
         base, learner = ["algo=dpo"] if "pairs" in takes else ["algo=ppo"], "policy"
+        base += ["reward=levels"] if "best" in takes else []
     elif "label" in takes:
         base, learner = ["algo=sft", "dataset=rankings", "dataset.path=DATA"], "policy"
     elif "pairs" in takes:

@@ -137,6 +137,9 @@ def test_the_frontier_of_a_known_gap():
     got = frontier(exp)
     assert got["kl"] == pytest.approx([1.0]) and got["kl_k3"] == pytest.approx([2 * (math.exp(-0.5) - 0.5)])
     assert frontier(experience([[1]], [[2]])) == {}
+    # a mask made the sampled log-probs larger; the policy itself is its reference
+    same = frontier(exp.filled({"full_logp": exp.ref_logp}))
+    assert same == {"kl": [0.0], "kl_k3": [0.0]}
 
 
 def test_the_frontier_s_estimates_are_of_the_kl() -> None:

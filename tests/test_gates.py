@@ -8,6 +8,7 @@ import torch
 from rlhf_cli import gates
 from rlhf_cli.config import GatesSection
 from rlhf_cli.diagnostics import DIAGNOSTICS
+from rlhf_cli.engine.deepspeed import diagnose
 from rlhf_cli.errors import GateError
 from rlhf_cli.types import Experience
 
@@ -230,6 +231,15 @@ def test_diagnostics_by_hand() -> None:
         fn = DIAGNOSTICS[name]
         names = fn.__code__.co_varnames[: fn.__code__.co_argcount]
         assert float(fn(**{k: columns[k] for k in names})) == pytest.approx(number, abs=1e-6), name
+
+
+def test_the_kl_of_a_masked_policy_that_is_its_reference_is_0() -> None:
+    # two tokens of which 0.7 and 0.9 of the mass was allowed: the masked log-probs are larger by -log of these
+    ref, mask = torch.tensor([[-1.0, -2.0]]), torch.ones(1, 2, dtype=torch.bool)
+    masked = ref - torch.tensor([[0.7, 0.9]]).log()
+    exp = experience(ids=torch.ones(1, 2).long(), mask=mask, truncated=None, score=None, ref_logp=ref)
+    assert diagnose(exp, {"logp": masked})["kl"] > 0.02, "0.7 - 1 - log 0.7 = 0.057 and 0.005"
+    assert diagnose(exp.filled({"full_logp": ref}), {"logp": masked})["kl"] == 0.0
 
 
 def test_policy_accuracy_by_hand() -> None:

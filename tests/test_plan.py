@@ -102,6 +102,16 @@ def test_what_is_loaded_follows_from_the_columns(
             ["algo=dpo", "batch.samples=1"],
             "select: best_vs_worst compares the responses to one prompt, and batch.samples=1; type batch.samples=4 or more",
         ),
+        (
+            ["algo=dapo", "reward=[bleu,length]", "select.metric=lenght"],
+            "select.metric=lenght: no such reward; there are bleu, length; did you mean 'length'?; one that is only judged: "
+            "reward=[a,b] reward.b.weight=0 select.metric=b",
+        ),
+        (
+            ["experiment=trpa", "reward=bleu"],
+            "updates.policy.preference.objective: trpa needs best; a reward with levels brings it: type reward=levels, "
+            "or reward=levels_knights",
+        ),
         (["rollout.min_tokens=9", "rollout.max_tokens=8"], "rollout.min_tokens=9 is above rollout.max_tokens=8"),
         (
             ["model.lora.r=8", "model.reference=other/model"],
@@ -347,6 +357,12 @@ def test_a_reward_that_loads_a_model_is_named_whatever_its_key() -> None:
     plan = validate(compose("train", ["reward=model", "reward.model.path=runs/judge"], None))
     assert plan.models["reward.model"] == "scores responses (runs/judge)"
     assert "reward.bleu" not in validate(compose("train", [], None)).models
+
+
+def test_rto_plans_with_any_reward_and_its_critic_then_starts_from_the_policy() -> None:
+    cfg = config("experiment=rto", "reward=bleu", "frozen.dpo.path=x")
+    assert validate(cfg).learners == {"policy": "policy", "critic": "value"} and cfg.learners.critic.path == ""
+    assert config("experiment=rto", "reward.model.path=runs/rm").learners.critic.path == "runs/rm"
 
 
 def test_the_batch_counts_what_is_drawn() -> None:

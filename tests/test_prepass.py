@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from rlhf_cli import prepass
+from rlhf_cli.checks import check_numbers
 from rlhf_cli.compose import compose
 from rlhf_cli.data.record import Record
 from rlhf_cli.engine.comm import Comm
 from rlhf_cli.errors import ConfigError, GateError
 from rlhf_cli.models.tiny import tiny_tokenizer
-from rlhf_cli.prepass import Prepass, References, fingerprint, read, refuse, scores_by_uid
+from rlhf_cli.prepass import Prepass, References, fingerprint, read, refuse
 from rlhf_cli.record.rundir import PREPASS
 from rlhf_cli.rewards.combine import Combined
 from rlhf_cli.rollout.choose import Decoding
@@ -99,13 +100,26 @@ def test_lookup_by_prompt_with_missing_scores(tmp_path: Path) -> None:
         made.references().lookup([Sample("", "", uid="other")], ["a"])
 
 
-def test_hardest_prompts_from_the_file() -> None:
-    lines = [
-        {"uid": "x", "scores": {"a": [1.0, None, 3.0], "b": [2.0, 2.0, 0.0]}},
-        {"uid": "y", "scores": {"a": [None], "b": [1.0]}},
-    ]
-    assert scores_by_uid(lines, {"a": 1.0, "b": 0.5}) == {"x": [2.0, 3.0], "y": []}
-    assert scores_by_uid(lines, {"a": 0.0, "b": 1.0}) == {"x": [2.0, 2.0, 0.0], "y": [1.0]}
+def test_the_prepass_may_be_drawn_otherwise_than_the_training(tmp_path: Path) -> None:
+    words = ["experiment=bleuberi", "model=tiny_random", "rollout.temperature=0.9"]
+    cfg = compose("train", words, None)
+    asked: list[Decoding] = []
+
+    class Watched(Echo):
+        def sample(self, prompts: Any, k: int, seeds: Any, decoding: Any, done: Any = None) -> Rollout:
+            asked.append(decoding)
+            return super().sample(prompts, k, seeds, decoding, done)
+
+    made = make(tmp_path, drawing=prepass.drawing(cfg))
+    made.sampler = Watched()
+    go(made)
+    assert [(d.temperature, d.top_p, d.max_tokens) for d in asked] == [(0.7, 0.9, 2)]
+    assert fingerprint(cfg)["decoding"]["temperature"] == 0.7
+    plain = compose("train", [*words, "prepass.temperature=null", "prepass.top_p=null"], None)
+    assert prepass.drawing(plain) == {} and fingerprint(plain)["decoding"]["temperature"] == 0.9
+    for word, said in (("temperature=0", "must be above 0; null"), ("top_p=1.5", "must be above 0 and at most 1")):
+        with pytest.raises(ConfigError, match=f"^prepass.{word}(.0)?: {said}"):
+            check_numbers(compose("train", [*words, f"prepass.{word}"], None))
 
 
 def test_spread_is_around_the_prompts_mean() -> None:

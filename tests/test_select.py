@@ -34,9 +34,17 @@ def test_keep_all_changes_nothing() -> None:
 
 
 def test_drop_zero_variance() -> None:
-    keep, pairs, stats = drop_zero_variance(SCORE, GROUP)
+    keep, pairs, stats = drop_zero_variance(SCORE, GROUP, {}, metric="")
     assert keep is not None and keep.tolist() == [0, 2, 5] and pairs is None
     assert stats == {"dropped_rows": 3.0, "dropped_groups": 2.0}
+
+
+def test_dynamic_sampling_can_judge_one_reward_alone() -> None:
+    # scores differ by a format reward; all of group 4 is wrong, row 3 of group 0 right; unknown is not equal
+    group, score = torch.tensor([4, 4, 0, 0, 9, 9]), torch.tensor([0.1, 0.2, 0.1, 1.2, 0.1, 0.3])
+    parts = {"math": torch.tensor([0.0, 0.0, 0.0, 1.0, 0.0, float("nan")])}
+    kept = {m: drop_zero_variance(score, group, parts, metric=m).keep.tolist() for m in ("", "math")}  # type: ignore[union-attr]
+    assert kept == {"": [0, 1, 2, 3, 4, 5], "math": [2, 3, 4, 5]}
 
 
 def test_best_vs_worst_takes_the_first_of_equals_and_renumbers() -> None:
@@ -91,7 +99,7 @@ def test_best_of_n_keeps_row_order() -> None:
 
 def test_nothing_left_is_empty_not_an_error() -> None:
     flat, group = torch.ones(4), torch.tensor([0, 0, 1, 1])
-    assert drop_zero_variance(flat, group).keep.tolist() == []  # type: ignore[union-attr]
+    assert drop_zero_variance(flat, group, {}, metric="").keep.tolist() == []  # type: ignore[union-attr]
     for rule in (best_vs_worst, all_pairs):
         keep, pairs, stats = rule(flat, group)
         assert keep.shape == (0,) and pairs.shape == (0, 2)
@@ -110,6 +118,6 @@ def test_truncated_rows_leave_the_loss_and_stay_in_their_group() -> None:
     truncated = torch.tensor([True, False, False, False, True, False])
     found = mask_truncated(mask, truncated)
     assert found.keep is None and found.mask.sum(-1).tolist() == [0, 2, 2, 2, 0, 2]
-    both = drop_zero_variance_mask_truncated(SCORE, GROUP, mask, truncated)
+    both = drop_zero_variance_mask_truncated(SCORE, GROUP, mask, truncated, {}, metric="")
     assert both.keep is not None and both.keep.tolist() == [0, 2, 5] and torch.equal(both.mask, found.mask)
     assert both.stats == {"dropped_rows": 3.0, "dropped_groups": 2.0, "masked_rows": 2.0}

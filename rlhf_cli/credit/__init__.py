@@ -3,6 +3,7 @@
 from rlhf_cli.credit.difficulty import difficulty_scaled
 from rlhf_cli.credit.gae import gae, gae_biased, gae_scaled_reward
 from rlhf_cli.credit.group import (
+    batch_leave_one_out,
     batch_mean,
     greedy_baseline,
     group_norm,
@@ -17,6 +18,7 @@ from rlhf_cli.credit.to_go import reward_to_go, reward_to_go_filtered
 
 __all__ = [
     "RunningMean",
+    "batch_leave_one_out",
     "batch_mean",
     "difficulty_scaled",
     "gae",

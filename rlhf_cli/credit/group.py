@@ -172,6 +172,22 @@ def batch_mean(score: Tensor, mask: Tensor) -> Credit:
     return Credit(_spread(from_first - from_first.sum() / max(len(score), 1), mask))
 
 
+@gives("advantage")
+def batch_leave_one_out(score: Tensor, mask: Tensor) -> Credit:
+    """Score minus the mean score of the batch's *other* rows, N / (N - 1) (R_i - mean): unbiased, one response per prompt is enough.
+
+    REINFORCE with a baseline, which must not depend on the row's own reward. A batch of one row has none. See Williams, "Simple
+    statistical gradient-following algorithms for connectionist reinforcement learning", Machine Learning 8, 1992.
+
+    Args:
+        score: reward of each row, [N]
+        mask: trained tokens, [N, T] bool
+    """
+    if len(score) < 2:
+        return Credit(_spread(score, mask))
+    return Credit(batch_mean(score, mask).advantage * (len(score) / (len(score) - 1)))
+
+
 def _normalised(score: Tensor, group: Tensor, scale: str, ddof: int, eps: float) -> Tensor:
     g = grouped(score, group)
     centred = _centred(score, g)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_cli.diagnostics import DIAGNOSTICS
+from rlhf_cli.diagnostics import DIAGNOSTICS, WHOLE
 from rlhf_cli.engine import step as exact
 from rlhf_cli.engine.comm import Comm
 from rlhf_cli.engine.masters import MasterEngine
@@ -282,7 +282,8 @@ def _adamw(setup: Setup, params: list[nn.Parameter]) -> Any:
 def diagnose(exp: Experience, outs: Mapping[str, Tensor]) -> dict[str, float]:
     """Every diagnostic whose columns this run has."""
     have = set(outs) | {c for c in COLUMNS if getattr(exp, c) is not None}
-    return {name: float(call(fn, exp, outs)) for name, fn in DIAGNOSTICS.items() if needs(fn) <= have}
+    chosen = DIAGNOSTICS | {name: fn for name, fn in WHOLE.items() if needs(fn) <= have}
+    return {name: float(call(fn, exp, outs)) for name, fn in chosen.items() if needs(fn) <= have}
 
 
 def _initialize(module: nn.Module, optimizer: Any, setup: Setup, stage: int) -> tuple[Any, ...]:

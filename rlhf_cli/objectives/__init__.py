@@ -19,7 +19,7 @@ from rlhf_cli.objectives.policy import (
     two_sided_clip,
 )
 from rlhf_cli.objectives.preference import dpo, hinge, ipo
-from rlhf_cli.objectives.reward_model import bradley_terry, bradley_terry_margin, centering
+from rlhf_cli.objectives.reward_model import bradley_terry, bradley_terry_margin, centering, squared_error
 from rlhf_cli.objectives.supervised import nll
 from rlhf_cli.objectives.value import clipped_value
 
@@ -50,6 +50,7 @@ __all__ = [
     "pre_clip",
     "reinforce",
     "sequence_ratio_clip",
+    "squared_error",
     "trpa",
     "two_sided_clip",
 ]

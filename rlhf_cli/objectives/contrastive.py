@@ -86,11 +86,11 @@ def trpa(
     logp: Tensor,
     ref_logp: Tensor,
     score: Tensor,
+    best: Tensor,
     mask: Tensor,
     group: Tensor,
     *,
     beta: float,
-    best: float,
     boost: float,
     level: Literal["seq_mean", "seq_sum"],
     per_response: bool,
@@ -106,18 +106,18 @@ def trpa(
     Args:
         logp: log-probabilities of the policy, [N, T] nats
         ref_logp: the same under the reference, [N, T] nats
-        score: level of each row, higher is better, [N]
+        score: level of each row, higher is better; only its order counts, [N]
+        best: 1 where the row is of the best level, else 0, [N]
         mask: trained tokens, [N, T] bool
         group: rows of one prompt share it, [N] int64
         beta: strength of the implicit KL penalty, reward per nat
-        best: score from which on a row is of the best level
         boost: factor a of a winner of the best level
         level: seq_mean (log-ratio per token) or seq_sum (of whole responses)
         per_response: a scales each response of the best level rather than the pair
     """
     there = mask.any(-1)
     u = _per_row(logp - ref_logp, mask, level)  # [N]
-    top = score >= best
+    top = best > 0
     strength = torch.where(top, boost * beta, beta).to(u.dtype)  # [N]
     beats = (group[:, None] == group) & (score[:, None] > score) & there[:, None] & there  # [N, N], winner by loser
     scaled = strength * u

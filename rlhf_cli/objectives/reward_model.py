@@ -1,12 +1,13 @@
-"""Objectives that train a score per response on (winner, loser) pairs, unreduced [M].
+"""Objectives that train a score per response, unreduced: on (winner, loser) pairs, [M], or on recorded numbers, [N].
 
-d = score(winner) - score(loser). Pairs couple rows, so none of these is rowwise.
+d = score(winner) - score(loser). Pairs couple rows, so none of these is rowwise; the regression is.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from rlhf_cli.inject import rowwise
 from rlhf_cli.objectives.preference import gap, smoothed_logistic
 
 
@@ -49,3 +50,17 @@ def centering(score_new: Tensor, pairs: Tensor) -> Tensor:
         pairs: (winner, loser) rows, [M, 2] int64
     """
     return score_new[pairs].sum(-1).square()
+
+
+@rowwise
+def squared_error(score_new: Tensor, label: Tensor) -> Tensor:
+    """(score - label)^2, [N]: regression on a recorded number, such as one attribute of a response.
+
+    See Li et al., "Optimizing Safe and Aligned Language Generation: A Multi-Objective GRPO Approach", arXiv:2503.21819, whose
+    reward model is the mean of this over rows and attributes.
+
+    Args:
+        score_new: scores of the model, [N]
+        label: recorded number of each row, [N]
+    """
+    return (score_new - label).square()

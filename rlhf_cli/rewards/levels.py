@@ -21,12 +21,14 @@ class Levels:
 
     The whole response must have the format, whose first group is the answer. An answer is the set of what `answer` finds there,
     and of the same number of things as the reference's, or it is none; case and spaces do not count. A reference in which
-    `answer` finds nothing makes the row missing. See Su et al., "Trust Region Preference Approximation: A simple and stable
-    reinforcement learning algorithm for LLM reasoning", arXiv:2504.04524 (Knights and Knaves).
+    `answer` finds nothing makes the row missing. Component: `best`, 1 at level 1, whatever the weight of this reward.
+    See Su et al., "Trust Region Preference Approximation: A simple and stable reinforcement learning algorithm for LLM reasoning",
+    arXiv:2504.04524 (Knights and Knaves).
     """
 
     needs_references = True
     pooled = True
+    columns = "best"
 
     def __init__(self, *, format: str, answer: str) -> None:
         """Args:
@@ -47,7 +49,8 @@ class Levels:
             if not wanted:
                 yield Row(None, reason="no reference holds an answer")
             else:
-                yield Row(-float(self._level(sample.response, wanted)))
+                level = self._level(sample.response, wanted)
+                yield Row(-float(level), {"best": float(level == 1)})
 
     def _level(self, response: str, wanted: Sequence[list[str]]) -> int:
         match = self.format.fullmatch(response.strip())

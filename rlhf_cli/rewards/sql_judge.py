@@ -50,7 +50,8 @@ class SqlJudge(Asking):
     def __init__(self, *, rubric: str, most: float, folder: str, instructions: int, seconds: float, rows: int) -> None:
         """Args:
         rubric: what makes a query better, in words, or @FILE
-        most: highest score; below the weight of execution, so that a right query never loses
+        most: highest score; below the weight of execution. The weights alone do not order right before wrong: a wrong query may
+            collect this and every part of `sql_partial` but execution, which a right one that is written differently may lack
         folder: where `meta.database` of the records lies; packaged: the databases of dataset=sql
         instructions: largest work of a query, virtual-machine instructions of SQLite
         seconds: wall clock of a query, a safety net

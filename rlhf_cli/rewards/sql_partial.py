@@ -25,8 +25,9 @@ class SqlPartial:
 
     S: shared table and column names, N: Jaccard overlap of the sets of bigrams of the normalised queries, F: tags in
     [0, 1]. Results are compared as sets and two empty ones are unequal. A response without SELECT has no execution and
-    schema reward. Parts `execution`, `syntax`, `schema`, `ngram`, `format` are logged unweighted, in [0, 1]. Keep
-    execution above every other weight, and above a judge's, so that a correct query never loses to a look-alike.
+    schema reward. Parts `execution`, `syntax`, `schema`, `ngram`, `format` are logged unweighted, in [0, 1]. At the
+    default weights a right query outscores a wrong one by at least 3 - 1 - 1 - 0.5 = 0.5, since both run; beside a judge's
+    score of up to 2 a wrong look-alike can outscore a right query that is written differently, so watch `execution` itself.
     See Pourreza et al., Reasoning-SQL: Reinforcement Learning with SQL Tailored Partial Rewards, arXiv:2503.23157.
     """
 

@@ -59,7 +59,9 @@ class Shadow:
         self.mask, self.lead = mask, batch
         self.sampler = copy.copy(sampler)
         self.sampler.model = mask.model
-        self.batch = replace(batch, cache=slot_cache(batch.board), read={})  # the lists of slots stay the same objects
+        self.batch = replace(  # the lists of slots stay the same objects; what decodes the sampler's own model does not come along
+            batch, cache=slot_cache(batch.board), read={}, decoder=None, tree=None, shared=0
+        )
 
     def load(self, taken: Mapping[int, list[int]]) -> None:
         """Read the prompts of slots that begin a row: prompt -> slots."""

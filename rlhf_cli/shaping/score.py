@@ -44,8 +44,8 @@ def missing_eos(score: Tensor, truncated: Tensor, *, penalty: float) -> Tensor:
     return score - penalty * truncated
 
 
-def overlong(score: Tensor, mask: Tensor, *, max_tokens: int, buffer: int, factor: float) -> Tensor:
-    """Score minus a penalty that grows from 0 to `factor` over the last `buffer` tokens before `max_tokens`, [N].
+def overlong(score: Tensor, mask: Tensor, *, max_tokens: int, buffer: float, factor: float) -> Tensor:
+    """Score minus a penalty that grows from 0 to `factor` over the last part of the allowed length, [N].
 
     See Yu et al., "DAPO: An Open-Source LLM Reinforcement Learning System at Scale", arXiv:2503.14476, eq. 13.
 
@@ -53,11 +53,12 @@ def overlong(score: Tensor, mask: Tensor, *, max_tokens: int, buffer: int, facto
         score: one number per row, [N]
         mask: trained tokens, [N, T] bool
         max_tokens: length that gets the whole penalty, tokens
-        buffer: length over which the penalty grows, tokens
+        buffer: share of `max_tokens` over which the penalty grows, in [0, 1]
         factor: whole penalty, score units
     """
-    excess = mask.sum(-1) - (max_tokens - buffer)
-    return score - factor * (excess / max(buffer, 1)).clamp(0, 1)
+    width = buffer * max_tokens
+    excess = mask.sum(-1) - (max_tokens - width)
+    return score - factor * (excess / max(width, 1)).clamp(0, 1)
 
 
 def ceil(score: Tensor, *, high: float) -> Tensor:

@@ -247,10 +247,10 @@ def _drift(env: Env, rule: Rule, policy: Policy) -> Policy:
 # -- many updates on one rollout ---------------------------------------------------------------------------------------
 
 
-def one_rollout(rule: Rule, eps_low: float, eps_high: float) -> Callable[[Env], Law]:
+def one_rollout(rule: Rule, eps_low: float, eps_high: float, whole: bool = False) -> Callable[[Env], Law]:
     """Where the clipped surrogate of one rollout from the reference stops to push a memoryless policy over two tokens.
 
-    p, the probability of token 1, grows from its start while the surrogate's slope at p is positive; bisection finds the first
+    `whole`: one ratio per response. p, the probability of token 1, grows from its start while the surrogate's slope at p is positive; bisection finds the first
     p at which it is not.
     """
 
@@ -258,20 +258,21 @@ def one_rollout(rule: Rule, eps_low: float, eps_high: float) -> Callable[[Env], 
         assert env.memoryless
         old = float(env.reference[""][1])
         low, high = old, 1 - 1e-9
-        assert _slope(env, rule, old, old, eps_low, eps_high) > 0
+        clip = (eps_low, eps_high, whole)
+        assert _slope(env, rule, old, old, *clip) > 0
         grid = np.linspace(old, high, 2000)
-        slopes = [_slope(env, rule, p, old, eps_low, eps_high) for p in grid]
+        slopes = [_slope(env, rule, p, old, *clip) for p in grid]
         first = next(i for i, x in enumerate(slopes) if x <= 1e-12)
         low, high = grid[first - 1], grid[first]
         for _ in range(60):
             middle = (low + high) / 2
-            low, high = (middle, high) if _slope(env, rule, middle, old, eps_low, eps_high) > 1e-12 else (low, middle)
+            low, high = (middle, high) if _slope(env, rule, middle, old, *clip) > 1e-12 else (low, middle)
         return env.law({"": np.array([1 - low, low])})
 
     return law
 
 
-def _slope(env: Env, rule: Rule, p: float, old: float, eps_low: float, eps_high: float) -> float:
+def _slope(env: Env, rule: Rule, p: float, old: float, eps_low: float, eps_high: float, whole: bool) -> float:
     """Slope of the expected clipped surrogate in the logit of token 1."""
     names = list(env.reward)
     laws = np.array(list(env.law(env.start).values()))
@@ -283,8 +284,9 @@ def _slope(env: Env, rule: Rule, p: float, old: float, eps_low: float, eps_high:
     total = 0.0
     for group, weight, row in zip(groups, probability, advantage, strict=True):
         for i, a in zip(group, row, strict=True):
-            for token in names[i]:
-                r = ratio[token]
+            parts = [names[i]] if whole else list(names[i])
+            for part in parts:
+                r = float(np.prod([ratio[token] for token in part]))
                 active = r < 1 + eps_high if a > 0 else r > 1 - eps_low
-                total += weight * a * r * active * (float(token) - p)
+                total += weight * a * r * active * sum(float(token) - p for token in part)
     return total

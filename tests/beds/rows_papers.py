@@ -92,9 +92,10 @@ ROWS = [
     ),
     Row(
         "trpa",
-        ("experiment=trpa", "batch.samples=2", "updates.policy.preference.objective.best=10"),
+        ("experiment=trpa", "batch.samples=2", "reward=levels"),
         best,
         BEST,
+        columns={"best": lambda env, exp: torch.zeros(len(exp))},
         steps=400,
         lr=1.0,
         tolerance=0.05,

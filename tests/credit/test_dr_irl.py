@@ -1,6 +1,7 @@
 """GRPO-S: the coefficients by hand, the limits, and the sources of their columns."""
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,10 +10,13 @@ from torch import Tensor
 
 from rlhf_cli.credit import difficulty_scaled, group_norm
 from rlhf_cli.credit.difficulty import mean_by
+from rlhf_cli.engine.step import term_losses, weights_of
 from rlhf_cli.errors import ConfigError
+from rlhf_cli.objectives import kl_k3, ppo_clip
+from rlhf_cli.reduce import sequence_mean
 from rlhf_cli.rewards.by_category import ByCategory
 from rlhf_cli.rewards.clause_distance import ClauseDistance, clauses, distance
-from rlhf_cli.types import Sample
+from rlhf_cli.types import Experience, Sample, Term
 
 SCORE = torch.tensor([1.0, 0, 0, 1, 2, 0])
 GROUP = torch.tensor([0, 0, 0, 1, 1, 1])
@@ -73,14 +77,24 @@ def test_categories_are_apart_and_a_group_still_sums_to_zero() -> None:
 
 
 def test_the_coefficient_scales_the_policy_gradient_and_not_the_kl_term() -> None:
-    from rlhf_cli.objectives import kl_k3, reinforce
-
-    logp = torch.zeros(6, 2, requires_grad=True)
+    # the gaps of `test_responsiveness_by_hand`: alpha is 1 where all of them count, and .832549 where tau 10 leaves 9 out
+    gap = [1.0, 2, 9, 1, 2, 9]
+    g = torch.Generator().manual_seed(0)
+    ref, old, logp = (-1 + 0.1 * torch.randn(6, 2, generator=g) for _ in range(3))
+    logp.requires_grad_()
+    clip = partial(ppo_clip, eps_low=0.2, eps_high=0.2, dual_clip=None)
+    terms = [Term("surrogate", clip, sequence_mean), Term("kl", kl_k3, sequence_mean, 0.04)]
     grads = []
-    for advantage in (PLAIN, 3 * PLAIN):
-        for loss in (reinforce(logp, advantage), kl_k3(logp, torch.ones(6, 2))):
-            grads.append(torch.autograd.grad(loss.sum(), logp)[0])
-    assert torch.allclose(grads[2], 3 * grads[0]) and torch.equal(grads[3], grads[1])
+    for tau in (1e9, 10.0):
+        advantage = scaled([0.4] * 6, gap, tau=tau)
+        exp = Experience(
+            ids=torch.zeros(6, 2, dtype=torch.int64), mask=MASK, old_logp=old, ref_logp=ref, advantage=advantage
+        )
+        losses = term_losses(terms, exp, {"logp": logp}, [weights_of(t, exp) for t in terms])
+        grads.append([torch.autograd.grad(losses[t.name], logp, retain_graph=True)[0] for t in terms])
+    (policy, kl), (other, same) = grads
+    assert torch.allclose(other, 0.832549 * policy, atol=1e-6) and policy.abs().max() > 0.01
+    assert torch.equal(same, kl) and kl.abs().max() > 1e-4
 
 
 def test_means_of_equal_numbers_are_exact() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlhf_cli.credit import (
     RunningMean,
+    batch_leave_one_out,
     batch_mean,
     greedy_baseline,
     group_norm,
@@ -104,6 +105,17 @@ def test_batch_mean() -> None:
     assert made.advantage[:, 0].tolist() == [0.5, -0.5, -0.5, 0.5]
     seven = torch.ones(7, 1, dtype=torch.bool)
     assert torch.equal(batch_mean(torch.full((7,), 0.7), seven).advantage, torch.zeros(7, 1))
+
+
+def test_the_baseline_of_the_others_does_not_move_with_the_rows_own_reward() -> None:
+    # (1, 0, 0, 1): the others of a 1 have mean 1/3, those of a 0 have 2/3
+    made = batch_leave_one_out(torch.tensor([1.0, 0.0, 0.0, 1.0]), ONE_TOKEN).advantage[:, 0]
+    assert torch.allclose(made, torch.tensor([2, -2, -2, 2]) / 3)
+    raised = batch_leave_one_out(torch.tensor([4.0, 0.0, 0.0, 1.0]), ONE_TOKEN).advantage[:, 0]
+    assert torch.allclose(raised[0] - made[0], torch.tensor(3.0)), "the baseline stays: all of the 3 is advantage"
+    seven = torch.ones(7, 1, dtype=torch.bool)
+    assert torch.equal(batch_leave_one_out(torch.full((7,), 0.7), seven).advantage, torch.zeros(7, 1))
+    assert batch_leave_one_out(torch.tensor([0.7]), seven[:1]).advantage.tolist() == [[pytest.approx(0.7)]]
 
 
 def test_advantage_is_zero_outside_the_mask() -> None:

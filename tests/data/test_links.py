@@ -14,6 +14,8 @@ from rlhf_cli.data.loading import load
 from rlhf_cli.data.record import Record, check_links, leading, units
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.plan import validate
+from rlhf_cli.rewards.co_reward import CoReward
+from rlhf_cli.sample import Sample
 from rlhf_cli.sources.assemble import sample_of
 from rlhf_cli.sources.sampled import Sampled
 from rlhf_cli.stages import scored_by
@@ -90,6 +92,23 @@ def test_a_reward_that_compares_links_needs_them() -> None:
         ConfigError, match="reward=co_reward compares the answers to linked prompts, and this dataset links none"
     ):
         validate(compose("train", ["reward=co_reward"], None))
+
+
+def test_co_reward_votes_as_published_unless_told_otherwise() -> None:
+    # a tie goes to the answer seen first, and 0.50 is not 1/2; nothing is missing, so no share of failures is allowed for
+    cfg = compose("train", ["experiment=co_reward"], None)
+    scorer = CoReward(**{k: v for k, v in cfg.reward.co_reward.items() if k not in ("_target_", "weight", "shaping")})
+    said = [r"\boxed{0.50}", r"\boxed{1/2}", r"\boxed{1/2}", r"\boxed{0.50}", r"\boxed{0.50}", r"\boxed{2}"]
+    found = scorer(
+        [Sample("p", t, uid=str(i // 3), link="q") for i, t in enumerate(said)], torch.tensor([0, 0, 0, 1, 1, 1])
+    )
+    assert found.value.tolist() == [1, 0, 0, 0, 0, 0]  # the first wording votes 1/2, the second 0.50
+    tied = scorer(
+        [Sample("p", said[i], uid=str(n // 2), link="q") for n, i in enumerate((5, 0, 0, 5))],
+        torch.tensor([0, 0, 1, 1]),
+    )
+    assert tied.value.tolist() == [0, 1, 0, 1] and not tied.missing.any()  # type: ignore[union-attr]
+    assert cfg.gates.failures == compose("train", [], None).gates.failures
 
 
 def test_the_packaged_pairs_are_whole() -> None:

@@ -6,13 +6,15 @@ import copy
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from engine_bed import FUSED, engine, head, steps, weights
 from torch import Tensor
 
-from rlhf_cli import state
+from rlhf_cli import readers, state
 from rlhf_cli.engine.comm import Comm, start
 from rlhf_cli.engine.following import Follower
 from rlhf_cli.errors import GateError
@@ -47,6 +49,29 @@ def test_a_copy_is_taken_every_few_steps_and_not_before(comm: Comm, zero: int) -
     now = weights(e)
     assert all(torch.equal(now[k], x) for k, x in own(lagged).items()), "after two steps: the policy"
     assert any(not torch.equal(first[k], x) for k, x in now.items())
+
+
+def test_the_sampler_s_mask_is_the_model_that_follows(comm: Comm) -> None:
+    e, module = engine(comm), head()
+    lagged = Follower("lagged", module, e, every=1, decay=0.0)
+    sampler, tokenizer = SimpleNamespace(eos=[0], mask=None), SimpleNamespace(all_special_ids=[])
+    section = SimpleNamespace(model="lagged", top_p=0.5, min_tokens=1)
+    cfg, found = SimpleNamespace(rollout=SimpleNamespace(mask=section)), {"lagged": SimpleNamespace(module=module)}
+    readers.mask_sampler(cfg, sampler, found, tokenizer)  # type: ignore[arg-type]
+    mask: Any = sampler.mask
+    assert mask.model is module.model
+    ids = torch.arange(1, 41)[None]
+
+    @torch.no_grad()
+    def allowed(model: Any) -> Tensor:
+        return mask.allowed(model(input_ids=ids).logits[0])
+
+    first = allowed(mask.model)
+    steps(e, (FUSED,) * 5)
+    assert torch.equal(allowed(mask.model), first), "before the refresh: the old sets"
+    lagged(1)
+    now = allowed(mask.model)
+    assert not torch.equal(now, first) and torch.equal(now, allowed(e.module.model)), "after it: those of the policy"
 
 
 def test_an_average_is_that_of_trl(comm: Comm) -> None:

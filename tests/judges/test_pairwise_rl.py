@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from test_rewards import ANCHOR, Fake, by, group, run, shown
 
 from rlhf_cli.credit import gae
 from rlhf_cli.judges.ask import Ask, Reply
+from rlhf_cli.judges.questions import Compare
 from rlhf_cli.objectives import nll
 from rlhf_cli.reduce import token_mean
-from rlhf_cli.rewards.judge_pairs import JudgeAnchor
+from rlhf_cli.rewards.judge_pairs import JudgeAnchor, ask_pair, read_pair
 from rlhf_cli.shaping import centered, par
 
 F = torch.float64
@@ -21,14 +23,15 @@ TEXTS = ("a", "b", "c")
 STRENGTH = torch.tensor([0.0, 1.0, 2.0], dtype=F)
 
 
+def said(logits: torch.Tensor, ask: Ask) -> Reply:
+    """What a judge says that prefers A with log-odds logits[first, second]."""
+    x = float(logits[tuple(TEXTS.index(t) for t in shown(ask))])
+    return Reply("A", (("A", -math.log1p(math.exp(-x))), ("B", -math.log1p(math.exp(x)))))
+
+
 def comparator(logits: torch.Tensor) -> Any:
-    """A judge that says A with log-odds logits[first, second]."""
-
-    def answer(ask: Ask) -> Reply:
-        x = float(logits[tuple(TEXTS.index(t) for t in shown(ask))])
-        return Reply("A", (("A", -math.log1p(math.exp(-x))), ("B", -math.log1p(math.exp(x)))))
-
-    return by(Fake(answer))
+    """That judge."""
+    return by(Fake(partial(said, logits)))
 
 
 def anchored(logits: torch.Tensor, response: str, anchor: str, **more: Any) -> float:
@@ -68,6 +71,19 @@ def test_with_a_bradley_terry_comparator_it_is_par_of_one_reference_and_the_cent
         )
         logit = anchored(odds, TEXTS[i], TEXTS[j], scale="logit")
         assert math.isclose(logit, float(centered(score, reference)), abs_tol=1e-6)
+
+
+def test_the_order_of_the_two_answers_does_not_matter() -> None:
+    """The other order of every pair asks the same questions and gives the same probability, of a judge that has an opinion of places."""
+    odds = torch.randn(3, 3, generator=torch.Generator().manual_seed(2), dtype=F) + 0.7
+    question, prompt = Compare("the better one", "logits"), group(["a"])[0]
+    for i, j in itertools.permutations(TEXTS, 2):
+        asked, other = ask_pair(question, prompt, i, j, 2), ask_pair(question, prompt, j, i, 2)
+        assert sorted(map(shown, asked)) == sorted(map(shown, other)) and shown(asked[0]) != shown(other[0])
+        one, two = (read_pair(question, [said(odds, a) for a in asks])[0] for asks in (asked, other))
+        assert one is not None and two is not None
+        assert math.isclose(one.probability(), 1 - two.probability(), abs_tol=1e-12)
+        assert abs(one.probability() - 1 / (1 + math.exp(-one.ahead[0]))) > 1e-3, "one order alone says something else"
 
 
 def test_between_equals_the_expected_advantage_is_zero() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from test_rewards import Fake, by, reply
 
+from rlhf_cli.compose import compose
 from rlhf_cli.credit import identity, reward_to_go, reward_to_go_filtered
 from rlhf_cli.objectives import ppo_clip, pre_clip
 from rlhf_cli.reduce import sequence_mean
@@ -129,6 +130,10 @@ def test_an_exact_boundary_stays() -> None:
     score = torch.tensor([0.0, 1, 1, 1, 0])  # 3 / 5 = 0.6
     keep = drop_skewed(score, torch.zeros(5, dtype=torch.int64), most=0.6).keep
     assert keep is not None and len(keep) == 5
+
+
+def test_a_comparison_without_winner_is_a_loss_unless_told_otherwise() -> None:
+    assert compose("train", ["experiment=writing_zero"], None).reward.judge_pivot.inconsistent == "loss"
 
 
 @pytest.mark.parametrize(("inconsistent", "others", "stays"), [("loss", -1.0, False), ("tie", 0.0, True)])

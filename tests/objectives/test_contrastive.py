@@ -125,7 +125,7 @@ def test_ratios_per_token_leave_the_clip_range_later() -> None:
 
 # -- TRPA --------------------------------------------------------------------------------------------------------------
 
-TRPA = {"beta": 0.1, "best": -1.0, "boost": 2.5, "level": "seq_mean", "per_response": False}
+TRPA = {"beta": 0.1, "boost": 2.5, "level": "seq_mean", "per_response": False}
 
 
 def graded(u: list[float], levels: list[int], tokens: int = 4) -> dict[str, Tensor]:
@@ -133,7 +133,8 @@ def graded(u: list[float], levels: list[int], tokens: int = 4) -> dict[str, Tens
     ref = torch.full((len(u), tokens), -1.0, dtype=torch.float64)
     return {
         "logp": ref + torch.tensor(u, dtype=torch.float64)[:, None], "ref_logp": ref, "score": -torch.tensor(levels).double(),
-        "mask": torch.ones(len(u), tokens, dtype=torch.bool), "group": torch.zeros(len(u), dtype=torch.int64),
+        "best": (torch.tensor(levels) == 1).double(), "mask": torch.ones(len(u), tokens, dtype=torch.bool),
+        "group": torch.zeros(len(u), dtype=torch.int64),
     }  # fmt: skip
 
 
@@ -142,6 +143,17 @@ def test_trpa_by_hand() -> None:
     wanted = -logsigmoid(torch.tensor([0.05, 0.075, 0.01], dtype=torch.float64)).mean()
     found = trpa(**graded([0.2, 0.0, -0.1], [1, 2, 4]), **TRPA).mean()
     assert float(found) == pytest.approx(0.670990, abs=1e-6) and torch.allclose(found, wanted)
+
+
+def test_trpa_takes_the_best_level_from_the_rules_and_not_from_the_size_of_a_score() -> None:
+    # half the weight, and another reward's 3 on top: the order of scores is the same, and so is everything
+    c = graded([0.2, 0.0, -0.1], [1, 2, 4])
+    other = trpa(**c | {"score": 0.5 * c["score"] + 3}, **TRPA)
+    assert torch.equal(other, trpa(**c, **TRPA))
+    # levels 2 and 4 alone: no row is boosted though -1 is the weighted score of level 2
+    c = graded([0.2, -0.1], [2, 4])
+    found = trpa(**c | {"score": 0.5 * c["score"]}, **TRPA).mean()
+    assert torch.allclose(found, -logsigmoid(torch.tensor(0.03, dtype=torch.float64)))
 
 
 def test_trpa_counts_pairs_not_groups() -> None:

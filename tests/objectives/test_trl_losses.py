@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
+import inspect
+import textwrap
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf_cli.combine import normalise_then_sum
 from rlhf_cli.engine.step import term_losses, weights_of
 from rlhf_cli.objectives import (
     cispo,
@@ -25,6 +29,7 @@ from rlhf_cli.objectives import (
     two_sided_clip,
 )
 from rlhf_cli.reduce import constant_length, sequence_mean, sequence_sum, token_mean
+from rlhf_cli.shaping import overlong
 from rlhf_cli.types import Experience, Term
 
 pytestmark = pytest.mark.skipif(
@@ -132,6 +137,38 @@ def test_trl_s_rloo_trainer() -> None:
     from trl import RLOOTrainer
 
     compare(ours([Term("s", row_ratio("seq_sum"))]), theirs(RLOOTrainer))
+
+
+def test_trl_s_overlong_penalty() -> None:
+    from trl.rewards import get_soft_overlong_punishment
+
+    length = torch.tensor([0, 10, 80, 81, 90, 99, 100])
+    wanted = get_soft_overlong_punishment(max_completion_len=100, soft_punish_cache=20)([[1] * n for n in length])
+    mine = overlong(torch.zeros(7), torch.arange(100) < length[:, None], max_tokens=100, buffer=0.2, factor=1.0)
+    assert mine.tolist() == pytest.approx(wanted, abs=1e-6) and wanted[4] == -0.5
+
+
+def test_trl_s_normalised_sum_of_rewards() -> None:
+    """The branch of TRL's trainer that combines rewards has no function of its own, so its lines are run alone."""
+    from trl.trainer import grpo_trainer
+
+    tree = ast.parse(textwrap.dedent(inspect.getsource(grpo_trainer.GRPOTrainer._generate_and_score_completions)))
+    branches = [n for n in ast.walk(tree) if isinstance(n, ast.If) and "'normalize_then_sum'" in ast.unparse(n.test)]
+    g = torch.Generator().manual_seed(0)
+    sources, weights = (
+        torch.randn(12, 3, generator=g, dtype=torch.float64),
+        torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64),
+    )
+    sources[4:8, 1] = 0.25  # constant in a group
+    names: dict[str, Any] = {
+        "torch": torch, "nanstd": grpo_trainer.nanstd, "rewards_per_func": sources, "num_generations": 4, "device": "cpu",
+        "unscorable_mask": torch.zeros(12, dtype=torch.bool), "self": SimpleNamespace(reward_funcs=[0] * 3, reward_weights=weights),
+    }  # fmt: skip
+    exec(compile(ast.Module(branches[-1].body, []), "trl", "exec"), names)
+    mine = partial(normalise_then_sum, sources, weights, torch.arange(12) // 4, ddof=1, eps=1e-4)
+    assert torch.allclose(mine(whiten=False), names["rewards"], atol=1e-12)
+    # over the batch TRL adds 1e-4 to a deviation of about 1.6
+    assert torch.allclose(mine(whiten=True), names["advantages"], rtol=2e-4) and mine(whiten=True).abs().max() > 1
 
 
 def test_the_oracle_tells_losses_apart() -> None:

@@ -15,6 +15,7 @@ KNIGHTS = r"(\w+) is a (knight|knave)"
 def level(response: str, reference: str, answer: str = NUMBER) -> float:
     scores = Levels(format=FORMAT, answer=answer)([Sample("p", response, references=(reference,))], torch.zeros(1))
     assert scores.missing is not None and not scores.missing.any()
+    assert scores.components["best"].tolist() == [float(scores.value == -1)]
     return float(scores.value)
 
 

@@ -18,7 +18,7 @@ from rlhf_cli.objectives import ppo_clip
 from rlhf_cli.rollout import limits
 from rlhf_cli.rollout import sampler as module
 from rlhf_cli.rollout.cache import Board
-from rlhf_cli.rollout.masking import Mask, aligned, best, packed
+from rlhf_cli.rollout.masking import Mask, Shadow, aligned, best, packed
 from rlhf_cli.rollout.sampler import Decoding, Rollout, Sampler
 from rlhf_cli.sources.assemble import align, rows
 from rlhf_cli.types import Experience, Sample
@@ -154,6 +154,15 @@ def test_rows_do_not_depend_on_their_neighbours() -> None:
     together = draw(sampler(lagged()))
     alone = sampler(lagged()).sample(PROMPTS[1:], 3, [3, 4, 5])
     assert alone.ids == together.ids[3:] and torch.equal(alone.logp[:, :4], together.logp[3:, :4])
+
+
+def test_the_mask_s_model_never_decodes_with_the_weights_of_the_policy() -> None:
+    # whatever the sampler's batch decodes with is of the policy: written-out weights, and a tree of its keys
+    board, own = Board(4, 40), object()
+    lead: Any = module._Batch(PROMPTS, Decoding(), [], board, None, [-1] * 4, [0] * 4, [0] * 4)
+    lead.decoder, lead.tree, lead.shared = own, own, 2
+    batch = Shadow(lagged(), sampler(None), lead).batch
+    assert (batch.decoder, batch.tree, batch.shared) == (None, None, 0) and batch.slot_row is lead.slot_row
 
 
 def test_the_best_token_of_all_needs_no_mask() -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from rlhf_cli.compose import compose
 from rlhf_cli.shaping import clip, missing_eos, overlong, scale, sequence_kl, token_kl
 from rlhf_cli.shaping.place import at_end
 
@@ -51,14 +52,25 @@ def test_overlong() -> None:
     # limit 100, buffer 20: 80 -> 0, 90 -> -.5, 100 -> -1, 101 -> -1; below, nothing
     length = torch.tensor([10, 80, 90, 100, 101])
     mask = torch.arange(101) < length[:, None]
-    shaped = overlong(torch.zeros(5), mask, max_tokens=100, buffer=20, factor=1.0)
+    shaped = overlong(torch.zeros(5), mask, max_tokens=100, buffer=0.2, factor=1.0)
     assert torch.allclose(shaped, torch.tensor([0.0, 0.0, -0.5, -1.0, -1.0]))
-    assert torch.allclose(overlong(torch.ones(5), mask, max_tokens=100, buffer=20, factor=0.5), 1 + 0.5 * shaped)
+    assert torch.allclose(overlong(torch.ones(5), mask, max_tokens=100, buffer=0.2, factor=0.5), 1 + 0.5 * shaped)
+
+
+@pytest.mark.parametrize("longest", [8, 32, 20480])
+def test_overlong_begins_at_four_fifths_of_whatever_is_allowed(longest: int) -> None:
+    node = compose("train", ["algo=dapo", f"rollout.max_tokens={longest}"], None).shaping.overlong
+    settings = {k: v for k, v in node.items() if k != "_target_"}
+    length = torch.tensor([0.1, 0.5, 0.79, 0.9, 1.0]) * longest
+    mask = torch.arange(longest) < length.round()[:, None]
+    penalty = -overlong(torch.zeros(5), mask, **settings)
+    assert penalty[:3].tolist() == [0, 0, 0] and float(penalty[4]) == pytest.approx(1)
+    assert float(penalty[3]) == pytest.approx((round(0.9 * longest) / longest - 0.8) / 0.2, abs=1e-5)
 
 
 def test_overlong_without_buffer_is_a_step() -> None:
     mask = torch.arange(6) < torch.tensor([4, 5, 6])[:, None]
-    assert overlong(torch.zeros(3), mask, max_tokens=4, buffer=0, factor=1.0).tolist() == [0, -1, -1]
+    assert overlong(torch.zeros(3), mask, max_tokens=4, buffer=0.0, factor=1.0).tolist() == [0, -1, -1]
 
 
 def test_missing_eos() -> None:

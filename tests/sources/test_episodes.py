@@ -1,27 +1,31 @@
 """Dialogues as rows: masks, prefixes, rewards at turns, candidates, limits, resuming; on the tiny random model."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
+from rlhf_cli import stages
 from rlhf_cli.credit import gae
 from rlhf_cli.data.record import Record
 from rlhf_cli.data.text import check_dialogue, follow_up, render
 from rlhf_cli.engine.comm import Comm
 from rlhf_cli.environments.episode import Episode, Turn
+from rlhf_cli.environments.simulated_user import SimulatedUser
 from rlhf_cli.errors import ConfigError, GateError
 from rlhf_cli.models.heads import PolicyHead
 from rlhf_cli.models.packing import register
 from rlhf_cli.models.tiny import tiny_causal, tiny_tokenizer
 from rlhf_cli.rewards.environment import Environment
-from rlhf_cli.rollout.sampler import Decoding, Sampler
-from rlhf_cli.shaping import by_turn
+from rlhf_cli.rollout.sampler import Decoding, Rollout, Sampler
+from rlhf_cli.shaping import by_turn, token_kl
 from rlhf_cli.shaping.place import at_end
 from rlhf_cli.sources.episodes import Episodes, play
 from rlhf_cli.sources.play import Player, best_of, shared
 from rlhf_cli.sources.sampled import Sampled, row_seed
+from rlhf_cli.types import Experience
 
 TEXTS = ["What is it?", "Why", "A longer prompt"]
 RECORDS = [Record(({"role": "user", "content": p},), p, uid=str(i)) for i, p in enumerate(TEXTS)]
@@ -145,6 +149,50 @@ def test_one_turn_and_one_candidate_are_the_ordinary_source(sampler: Sampler) ->
         for name in ("ids", "attention", "mask", "group", "behavior_logp", "truncated", "version"):
             assert torch.equal(getattr(a, name), getattr(b, name)), (rows, name)
         assert [s.response for s in a.samples] == [s.response for s in b.samples]
+
+
+def test_one_turn_and_one_candidate_are_learnt_as_by_plain_ppo(sampler: Sampler) -> None:
+    g = torch.Generator().manual_seed(0)
+    plain = next(Sampled(RECORDS, [player(sampler, Echo()).opening(r) for r in RECORDS], sampler, lambda: None, COMM, prompts=3, samples=1, seed=0))  # fmt: skip
+    earned = torch.tensor([float(sum(s.response.encode()) % 7) for s in plain.samples])  # Echo's reward
+    value, ref = (torch.randn(plain.mask.shape, generator=g) for _ in range(2))
+    kl = partial(token_kl, beta=0.05, kind="k1")
+    credit = stages.crediting(partial(gae, gamma=1.0, lam=0.95, whiten=True), 1e9)
+
+    def learnt(exp: Experience, *more: Any) -> Experience:
+        return credit(stages.shaping([kl, *more])(replace(exp, ref_logp=exp.behavior_logp + 0.1 * ref, value=value)))
+
+    wanted = learnt(replace(plain, score=earned))
+    assert earned.unique().numel() > 1 and wanted.advantage.abs().max() > 0.1
+    for rows, more in (("turn", ()), ("episode", (partial(by_turn, weight=1.0),))):
+        exp = next(source(player(sampler, Echo(), rows=rows, turns=1), samples=1))
+        found = learnt(replace(exp, score=Environment()(exp.samples, exp.group).value), *more)
+        assert torch.equal(found.advantage, wanted.advantage) and torch.equal(found.returns, wanted.returns), rows
+
+
+class Says:
+    """A policy that writes a profile of nothing, and asks, in every turn."""
+
+    tokenizer, eos, decoding = tiny_tokenizer(), (257,), Decoding()
+
+    def sample(self, prompts: Any, k: int, seeds: Any, decoding: Any) -> Rollout:
+        text = "<profile>\n- nothing\n</profile>\n\n<response>\nSo, what else?\n</response>"
+        ids = [[*text.encode(), 257] for _ in seeds]
+        return Rollout(ids, torch.zeros(len(ids), len(ids[0])), torch.zeros(len(ids), dtype=torch.bool))
+
+
+@pytest.mark.parametrize("rows", ["episode", "turn"])
+def test_what_the_user_did_not_tell_is_in_no_token_that_the_policy_reads(rows: str) -> None:
+    gold = [f"likes the number {n}{n}{n}" for n in range(1, 6)]
+    record = Record(({"role": "user", "content": "Hello"},), "Hello", uid="u", meta={"profile": gold})
+    env = SimulatedUser(strip_tags=rows == "turn", reply_weight=1.0, instruct=True)
+    (played,) = player(Says(), env, rows=rows, turns=4, prompt_tokens=9999).play([record], 1, [0], Decoding())  # type: ignore[arg-type]
+    told = []
+    for row in played:
+        read = Says.tokenizer.decode(row.prompt if rows == "turn" else row.context())
+        told.append(row.turns[-1][0].state["told"])
+        assert "Hello" in read and [g in read for g in gold] == [n < told[-1] for n in range(5)]
+    assert told == ([0, 1, 2, 3] if rows == "turn" else [3])
 
 
 def test_the_best_candidate_goes_on_and_all_are_rows(sampler: Sampler) -> None:

@@ -17,6 +17,8 @@ from rlhf_cli.select import all_pairs, drop_zero_variance
 from rlhf_cli.sources.resampled import Resampled, first_groups, join, unparted
 from rlhf_cli.types import Experience, Sample
 
+VARIED = partial(drop_zero_variance, metric="")
+
 
 def rollout(start: int, flat: tuple[int, ...], width: int) -> Experience:
     """Two groups of two rows; groups whose prompt number is in `flat` score alike."""
@@ -50,7 +52,7 @@ class Counting:
         self.cursor = state["cursor"]
 
 
-def resampled(flat: tuple[int, ...], counted: list[Any], rule: Any = drop_zero_variance, **changes: Any) -> Resampled:
+def resampled(flat: tuple[int, ...], counted: list[Any], rule: Any = VARIED, **changes: Any) -> Resampled:
     settings: dict[str, Any] = {"prompts": 2, "rounds": 3, "count": counted.append, "phase": contextlib.nullcontext}
     select = stages.selecting(rule, lambda _: None)
     return Resampled(Counting(flat), lambda exp: exp, select, **(settings | changes))
