@@ -14,10 +14,13 @@ Answer = list[Any]  # what math-verify makes of a text: expressions and their te
 LONGEST = 200  # characters of a reference that is all answer
 TAIL = 4000  # characters at the end of a response in which an unmarked answer is looked for
 
-_HASHES = re.compile(r"(?<!#)####(?!#)[ \t]*([^\n]+)")
-_WORDS = re.compile(r"[*_]*(?:[^\W\d_]{2,}|[0-9]+[.):]\s+\S)")  # how a heading begins: Step 1, 2. Add
+_HASHES = re.compile(r"(?<!#)####(?!#)[ \t]*+(?:(?i:answer:)[ \t]*+)?(\S[^\n]*)")
+_WORDS = re.compile(
+    r"(?!(?:sqrt|pi)\b(?!\s+[^\W\d_]{2}))[*_]*(?:[^\W\d_]{2,}|[0-9]+[.):]\s+\S)"
+)  # how a heading begins: Step 1, 2. Add
 _CURRENCY = re.compile(r"\\?[$€£]")
 _PERCENT = re.compile(r"\\?%")  # 50 and 50 % are the same answer
+_PI = re.compile(r"(?<![\\\w])pi\b")
 _MIXED = re.compile(r"(?<![\w.])([0-9]+)\s+([0-9]+)/([0-9]+)(?![\w.])")
 
 
@@ -65,6 +68,7 @@ def marked(text: str) -> str | None:
 
 def _span(span: str) -> Answer:
     """The answer in a text that is nothing but the answer."""
+    span = _PI.sub(r"\\pi", span)
     plain = _PERCENT.sub("", _MIXED.sub(r"\1\\frac{\2}{\3}", _CURRENCY.sub("", span))).strip().rstrip(".")
     return _parse(rf"\boxed{{{plain}}}", _latex())
 

@@ -113,6 +113,7 @@ def main(words: Sequence[str]) -> int:
     if bare:
         raise ConfigError(f"reward.principles.principles: {bare} has no negative wording, which these preferences need")
     pairs, judge = pairs_of(Path(words[0])), judge_of(cfg)
+    Path(words[1]).parent.mkdir(parents=True, exist_ok=True)  # what it cannot write to is told before anything is asked
     found = opinions(pairs, principles, judge)
     kept = [(p, x) for p, x in zip(pairs, found, strict=True) if x is not None]
     made = list(records([p for p, _ in kept], [x for _, x in kept], principles, cfg.seed))

@@ -67,6 +67,13 @@ def test_a_heading_is_no_answer_and_the_later_mark_counts():
     ).value.tolist() == [0]
 
 
+def test_a_mark_without_an_answer_is_none_and_a_line_that_is_an_answer_no_heading():
+    assert values("4", "It is $\\boxed{4}$\n#### \nDone", "\\boxed{4}\n#### ") == [1, 1]
+    assert values("$\\sqrt{2}$", "#### sqrt(2)\nThis is 3.") == [1]
+    assert values("$\\frac{\\pi}{2}$", "#### pi/2\n\nDone.", "#### pi is known\nIt is $\\pi/2$") == [1, 1]
+    assert values("5", "#### Answer: 5\nHope it is not 6", "#### Answer: 5", "#### Answer:\nIt is 5.") == [1, 1, 1]
+
+
 def test_numbers_too_stand_at_the_later_mark():
     read = [
         final_number(t, "any")
