@@ -36,7 +36,7 @@ def resolve_hardware(cfg: Any, *, here: bool = True) -> dict[str, Any]:
 
 
 def _group_tokens(cfg: Any) -> int:
-    """A micro-batch on a CPU: the largest group whole, since every part of a cut one reads its prompt again; 1024 to 2048."""
+    """A micro-batch on a CPU: the largest sampled group whole, since every part of a cut one reads its prompt again; 1024 to 2048."""
     longest = cfg.dataset.max_prompt_tokens + cfg.batch.samples * cfg.rollout.max_tokens
     return min(2048, max(1024, longest))
 

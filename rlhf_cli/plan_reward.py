@@ -130,6 +130,11 @@ def _prepass(cfg: Any, plan: Plan, have: set[str]) -> None:
 def _combination(cfg: Any, plan: Plan) -> None:
     """The rule, where there is more than one source to combine."""
     weights = sources(cfg)
+    if weights and not any(weights.values()):
+        plan.notes.append(
+            f"every reward has weight 0 ({', '.join(weights)}): they are logged, and each response scores 0; "
+            f"to train on one, type {reward_nodes(cfg)[0].key}.weight=1, or add another reward"
+        )
     sig = rule(cfg)
     if sig is None or not weights:
         return

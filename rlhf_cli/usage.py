@@ -181,7 +181,8 @@ examples:
   rlhf plan algo=ppo reward=rouge       what would run, before anything is loaded
   rlhf eval runs/NAME reward=bleu       measure a finished run
 
-rlhf VERB --help tells more. Exit codes: 0 done, 1 failed, 2 wrong input, 3 a gate stopped the run, 130 interrupted.
+rlhf VERB --help tells more. Exit codes: 0 done, 1 failed, 2 wrong input, 3 a gate stopped the run, 75 stopped on the
+way (rlhf resume goes on), 130 interrupted.
 RLHF_TRACEBACK=1 shows where an error came from."""
 
 

@@ -167,9 +167,7 @@ def _prompts(cfg: Any) -> list[Record]:
 
 def _of_input(cfg: Any, shape: str) -> Any:
     """The dataset section pointed at `input`, whole, without a held-out part."""
-    from omegaconf import OmegaConf
-
-    section = OmegaConf.create(OmegaConf.to_container(cfg.dataset, resolve=True))  # type: ignore[arg-type]
+    section = cfg.dataset.copy()
     suffix = Path(cfg.input).suffix.lstrip(".")
     if suffix not in ("jsonl", "json", "parquet"):
         raise ConfigError(f"input={cfg.input}: unknown ending {suffix!r}; use .jsonl, .json or .parquet")
@@ -199,6 +197,7 @@ def score(cfg: Any) -> int:
 
 def score_report(cfg: Any) -> tuple[ScoreReport, list[dict[str, Any]]]:
     """What `rlhf score` finds, and each response with its scores."""
+    cfg = _at_input(cfg)
     for node in reward_nodes(cfg):
         plan_reward.fits(
             cfg, node.name, check_node(node.settings, node.key, allow=cfg.allow_targets, reserved=RESERVED)[0]
@@ -223,9 +222,18 @@ def score_report(cfg: Any) -> tuple[ScoreReport, list[dict[str, Any]]]:
     return found, [_score_row(s, i, scores) for i, s in enumerate(samples)]
 
 
+def _at_input(cfg: Any) -> Any:
+    """The configuration whose dataset is `input`, where that is given: a path of the dataset's own may then be empty."""
+    if not cfg.input:
+        return cfg
+    found = cfg.copy()
+    found.dataset = _of_input(cfg, "demonstrations")
+    return found
+
+
 def _responses(cfg: Any) -> list[Record]:
-    """Recorded responses of `input`, or of the dataset's held-out part."""
-    records = load_whole(_of_input(cfg, "demonstrations")) if cfg.input else load(cfg.dataset, "heldout")
+    """All recorded responses of `input`, or those of the dataset's held-out part."""
+    records = load_whole(cfg.dataset) if cfg.input else load(cfg.dataset, "heldout")
     if not any(r.responses for r in records):
         raise ConfigError(
             "score: there are no responses to score; type input=FILE with columns prompt, response and references, or pick a dataset of responses"

@@ -1,6 +1,7 @@
 """How far each reward agrees with a recorded judge: `rlhf score` for every source, as one table.
 
     python scripts/agreement.py --input rankings.jsonl --output benchmarks/results/agreement.json
+    python scripts/agreement.py --input rankings.jsonl --output benchmarks/results/agreement.json --only BERTScore --heavy 140
 
 The file holds, one JSON object a line, a prompt, four references, the responses of several models, and a judge's scores of
 these: for AlpacaEval, dataset=alpaca_eval. BLEU with one reference is the mean over each of the four by itself. Rewards are scored in
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 
 from rlhf_cli.compose import compose
+from rlhf_cli.models.smollm2 import smollm2
 from rlhf_cli.verbs import score_report
 
 ONE = 'dataset.columns.references="references[{i}]"'
@@ -39,16 +41,26 @@ SOURCES: dict[str, tuple[list[str], ...]] = {
     "embedding, to references": (["reward=embedding"],),
     "embedding, to the prompt": (["reward=embedding", "reward.embedding.to=prompt"],),
     "repetition": (["reward=repetition"],),
+    "exact match": (["reward=exact_match"],),
 }
 """Name -> the words after `rlhf score`; several are averaged."""
 
-HEAVY: dict[str, tuple[list[str], ...]] = {"BERTScore": (["reward=bertscore"],)}
+HEAVY: dict[str, tuple[list[str], ...]] = {
+    "BERTScore": (["reward=bertscore"],),
+    "R3": (["reward=r3"],),
+    "clause distance, negative": (["reward=clause_distance", "reward.clause_distance.weight=-1"],),
+    "perplexity, SmolLM2-135M": (
+        ["reward=perplexity", "reward.perplexity.dtype=bf16", "reward.perplexity.path=SMOLLM2"],
+    ),
+    "TER, 1 reference": (["reward=ter", ONE.format(i=0)],),
+}
 """The same for sources that take minutes, on the first --heavy prompts."""
 
 
 def measure(path: str, words: list[str], limit: int) -> dict[str, float]:
     """One `rlhf score`, as numbers."""
     where = ["dataset=alpaca_eval", f"input={path}", f"dataset.limit={limit}", "hardware.device=cpu"]
+    words = [w.replace("SMOLLM2", str(smollm2())) for w in words]
     cfg = compose("score", [*where, "reward_workers.processes=-1", *words], None)
     before, start = sum(os.times()[:4]), time.perf_counter()
     found, _ = score_report(cfg)
@@ -89,13 +101,14 @@ def main() -> None:
     parser.add_argument(
         "--heavy", type=int, default=100, help="prompts for sources that take minutes; 0: leave them out"
     )
-    parser.add_argument("--only", default="", help="sources whose name contains this")
+    parser.add_argument("--only", default="", help="names with a semicolon between them; the others keep their numbers")
     a = parser.parse_args()
     torch.set_num_threads(1)
-    found: dict[str, Any] = {}
+    output, only = Path(a.output), set(filter(None, a.only.split(";")))
+    found: dict[str, Any] = json.loads(output.read_text())["sources"] if only and output.exists() else {}
     heavy = {k: (v, a.heavy) for k, v in HEAVY.items()} if a.heavy else {}
     for name, (runs, limit) in ({k: (v, a.limit) for k, v in SOURCES.items()} | heavy).items():
-        if a.only and a.only not in name:
+        if only and name not in only:
             continue
         start = time.perf_counter()
         found[name] = mean([measure(a.input, words, limit) for words in runs])
@@ -109,7 +122,7 @@ def main() -> None:
         "python": platform.python_version(),
         "threads": 1,
     }
-    Path(a.output).write_text(json.dumps({"machine": machine, "sources": found}, indent=1) + "\n", encoding="utf-8")
+    output.write_text(json.dumps({"machine": machine, "sources": found}, indent=1) + "\n", encoding="utf-8")
     print(table(found))
 
 

@@ -214,6 +214,16 @@ def test_every_reward_and_setting_is_documented() -> None:
         assert not missing, f"rewards.md: {path.stem} lacks {missing}"
 
 
+def test_every_reward_has_a_command_and_a_cost() -> None:
+    text = (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
+    tried = text.partition("\n## One command for each\n")[2].partition("\n## ")[0]
+    commands_ = set(re.findall(r"^rlhf [a-z]+ .*?\breward=(\w+)", tried, re.M))
+    options = {p.stem for p in (ROOT / "conf" / "reward").glob("*.yaml")}
+    assert commands_ == options, f"rewards.md: {sorted(commands_ ^ options)}"
+    costs = {row.partition("`")[0] for row in table("rewards", "cost of")}
+    assert costs == options - {"none"}, f"rewards.md: {sorted(costs ^ (options - {'none'}))}"
+
+
 def table(page: str, head: str) -> dict[str, list[str]]:
     """Rows of the table whose first header cell is `head`: first cell -> the others."""
     text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")

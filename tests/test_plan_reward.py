@@ -144,6 +144,16 @@ def test_token_rewards_that_are_read_are_fine() -> None:
     assert plan_reward.spans(config(*IMPLICIT[:2])) == [], "only where the setting turns them on"
 
 
+def test_rewards_that_are_all_logged_only_are_told() -> None:
+    told_ = validate(config("reward=hidden_answer")).notes
+    assert [n for n in told_ if "weight 0" in n] == [
+        "every reward has weight 0 (hidden_answer): they are logged, and each response scores 0; "
+        "to train on one, type reward.hidden_answer.weight=1, or add another reward"
+    ]
+    for words in (["reward=[bleu,hidden_answer]"], ["reward=hidden_answer", "reward.hidden_answer.weight=1"]):
+        assert not any("weight 0" in n for n in validate(config(*words)).notes)
+
+
 # -- directions --------------------------------------------------------------------------------------------------------
 
 

@@ -135,10 +135,11 @@ VALUES = "values = [sum(map(ord, r)) % 7 / 7 for r in responses]"
 def held(run: Path, hold: Path) -> str:
     """The body of a reward that stands still after the first step of `run` while `hold` exists: a moment to be stopped in.
 
-    Rank 0 stands still in Python, where it hears signals; the others wait for it.
+    Rank 0 stands still in Python, where it hears signals; the others wait for it. While it does, there is a file HOLD-here.
     """
     begun = f"os.environ.get('RANK', '0') == '0' and os.path.exists('{run}/metrics.jsonl') and os.path.getsize('{run}/metrics.jsonl')"
-    return f"while os.path.exists('{hold}') and {begun}: time.sleep(0.05)\n    {VALUES}"
+    stands = f"open('{hold}-here', 'a').close(); time.sleep(0.05)"
+    return f"while os.path.exists('{hold}') and {begun}: {stands}\n    {VALUES}"
 
 
 # ---- looking at runs ----

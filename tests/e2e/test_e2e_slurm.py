@@ -310,7 +310,8 @@ def test_srun_in_a_batch_script_of_ones_own(slurm: dict[str, str], tmp_path: Pat
     held_up = [*TINY, *reward(tmp_path, held(killed, hold)), "run.name=killed"]
     with srun("train", *held_up, option="--kill-on-bad-exit=1") as last:
         beat = killed / "logs" / "heartbeat-rank-1.json"  # written by a thread, which may come after the first step
-        assert e2e.until(lambda: rows(killed) >= 1 and beat.exists(), process=last)  # type: ignore[arg-type]
+        here = tmp_path / "hold-here"  # in a collective rank 0 would lose its connection before it hears a signal
+        assert e2e.until(lambda: here.exists() and beat.exists(), process=last)  # type: ignore[arg-type]
         rank = json.loads(beat.read_text())["pid"]
         os.kill(rank, signal.SIGKILL)
         assert e2e.until(lambda: "SIGTERM: stopping" in e2e.notes(killed), process=last)  # type: ignore[arg-type]

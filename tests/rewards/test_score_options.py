@@ -91,6 +91,16 @@ def test_one_command_scores_or_says_what_is_lacking(name: str, file: Path) -> No
     assert "-0 " not in text, "a zero has no sign"
 
 
+def test_a_dataset_without_a_path_of_its_own_reads_the_input(file: Path) -> None:
+    """`dataset=alpaca_eval input=FILE`: the option's path stays empty, its columns and shape are those of the file."""
+    texts = {"prompt": "Say hi.", "source": "mine", "references": ["hi there all of you", "hello"]}
+    ranked = {**texts, "responses": ["hi there all of you", "oh no"], "scores": [2, 1]}
+    file.write_text(json.dumps(ranked) + "\n")
+    text, rows = scored(file, "reward=bleu", "dataset=alpaca_eval", 'dataset.columns.references="references[0]"')
+    assert text.startswith("2 samples in 1 groups, 1 recorded pairs")
+    assert rows[0]["score"] == pytest.approx(1.0) and rows[1]["score"] < 0.5
+
+
 @pytest.mark.parametrize(
     "name", ["attributes", "by_category", "ensemble", "implicit", "model", "perplexity", "principles", "robust_heads"]
 )
