@@ -26,7 +26,7 @@ class CodeTests:
 
     The code is the last fenced block, else the whole response. `meta.tests` is a text or list of texts with assertions
     on the code's functions, `meta.setup` what stands before each; `meta.entry_point` is the function that check(candidate)
-    gets where a test defines it, and the only one that may bear a builtin's name.
+    gets where a test defines it, and then the only name of the code that a test can call.
     `meta.cases` is a list of {input, output} for programs that read and print. Tests run in another process than the
     code, so that printing, exiting or forging a verdict passes none; arguments and results must be plain Python data.
     A record without tests, or with larger ones than the sandbox takes, is missing. Part `tests`: the share passed.

@@ -96,7 +96,7 @@ class Child:
 def passed(code: str, tests: Sequence[str], setup: str, entry: str, box: Box, clock: Clock) -> list[bool | None]:
     """Which tests end without an exception; those after the one in which time runs out, or the code dies, do not.
 
-    `entry`: the function that may bear a builtin's name. None: the test gives a function more than a message holds.
+    `entry`: the only function that tests can call; empty for any. None: the test gives a function more than a message holds.
     Raises TooLong where tests and setup are more than that, and NotStarted.
     """
     found: list[bool | None] = [False] * len(tests)

@@ -34,6 +34,7 @@ CALM = (
     signal.SIGUSR1,
     signal.SIGUSR2,
 )  # ask a run to stop, not its sandboxes
+ENDINGS = (StopIteration, StopAsyncIteration)  # which end a loop of the test instead of the test
 OWN = frozenset(dir(builtins))  # names that mean in a test what they mean in Python
 SECCOMP_ERRNO, SECCOMP_ALLOW, SECCOMP_KILL = 0x00050000, 0x7FFF0000, 0x80000000
 EPERM, ENOSYS = 1, 38
@@ -58,7 +59,8 @@ IOCTL, FCNTL, PRLIMIT = ({"x86_64": a, "aarch64": b} for a, b in ((16, 29), (72,
 WRITING = 0o3 | 0o100 | 0o1000 | 0o20000000  # O_WRONLY, O_RDWR, O_CREAT, O_TRUNC, O_TMPFILE
 CLONE_THREAD, TCGETS = 0x10000, 0x5401
 EXECUTE, READ_FILE, READ_DIR = 1, 1 << 2, 1 << 3  # Landlock's rights
-FOLDERS = (".", "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/nix/store")
+FOLDERS = (".", "/usr/share/zoneinfo", "/nix/store")
+LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
 FILES = ("/etc/ld.so.cache", "/etc/localtime", "/dev/null", "/dev/urandom")
 FCNTL_FINE = (0, 1, 2, 3, 1030)  # duplicate, close-on-exec, read the flags
 
@@ -83,7 +85,8 @@ def program(machine: str) -> list[tuple[int, int, int, int]]:
     case(IOCTL[machine], argument(1), (EQUAL, 0, 1, TCGETS), allow, deny)
     fine = [x for i, command in enumerate(FCNTL_FINE) for x in [(EQUAL, len(FCNTL_FINE) - i, 0, command)]]
     case(FCNTL[machine], argument(1), *fine, deny, allow)
-    case(PRLIMIT[machine], argument(2), (EQUAL, 0, 1, 0), allow, deny)  # reading a limit
+    pointer = (argument(2), (EQUAL, 0, 3, 0), (LOAD, 0, 0, 16 + 8 * 2 + 4), (EQUAL, 0, 1, 0))  # both halves of it are 0
+    case(PRLIMIT[machine], *pointer, allow, deny)  # reading a limit
     return [*made, deny]
 
 
@@ -140,13 +143,20 @@ def _readable() -> Iterator[tuple[str, int]]:
     """What imports of the standard library need, and the empty folder; installed packages, which may hold data, are not among it."""
     library, prefix = os.path.dirname(os.__file__), os.path.join(sys.base_prefix, "lib")
     yield library, READ_DIR
-    for name in sorted(set(os.listdir(library)) - {"site-packages", "dist-packages"}):
-        path = os.path.join(library, name)
-        yield path, READ_FILE | READ_DIR if os.path.isdir(path) else READ_FILE
+    yield from _inside(library, ("site-packages", "dist-packages"))
+    for folder in filter(os.path.isdir, LIBRARIES):
+        yield from _inside(folder, ("python",))  # python3/dist-packages, python3.12/site-packages
     if os.path.isdir(prefix):
         yield from ((os.path.join(prefix, name), READ_FILE) for name in sorted(os.listdir(prefix)) if ".so" in name)
     yield from ((folder, READ_FILE | READ_DIR) for folder in FOLDERS)
     yield from ((file, READ_FILE) for file in FILES)
+
+
+def _inside(folder: str, without: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+    """What a folder holds, but for names that begin so."""
+    for name in sorted(n for n in os.listdir(folder) if not n.startswith(without)):
+        path = os.path.join(folder, name)
+        yield path, READ_FILE | READ_DIR if os.path.isdir(path) else READ_FILE
 
 
 class Gone(EOFError):
@@ -237,25 +247,36 @@ class Remote:
         answer = receive(self._inp, VALUE)
         if "raised" in answer:
             kind = getattr(builtins, str(answer["raised"]), None)
-            known = isinstance(kind, type) and issubclass(kind, Exception)
+            known = isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, ENDINGS)
             raise kind("raised by the response") if known else RuntimeError(str(answer["raised"]))
         return ast.literal_eval(answer["value"])
+
+
+def _prepared(setup: str, entry: str, remote: dict[str, Remote]) -> dict[str, Any]:
+    """The names of a test after its setup. A setup may be a whole prompt: the entry point that it begins is the response's all the same."""
+    names: dict[str, Any] = {"__name__": "test", **remote}
+    exec(compile(setup, "setup", "exec"), names)
+    if entry:
+        names.pop(entry, None)
+        names.update(remote)
+    return names
 
 
 def grade(asked: Any, inp: int, out: int, peer_in: int, peer_out: int) -> None:
     """Run each test in names of its own, and report under the token whether it ended without an exception.
 
-    The response's functions stand in for names that nobody else has: a builtin's name is Python's, unless the record's
-    entry point bears it. A test whose own arguments are too long is reported as None.
+    The response's functions stand in for names that nobody else has: the record's entry point alone where it has one, else
+    every name but a builtin's. A test whose own arguments are too long is reported as None.
     """
     send(peer_out, receive(inp))  # the code
     known = receive(peer_in)
-    names = [n for n in known.get("names", []) if n == asked["entry"] or not (n in OWN or n.startswith("__"))]
-    remote = {name: Remote(name, peer_in, peer_out) for name in names}
+    entry, names = asked["entry"], known.get("names", [])
+    offered = {entry} if entry else {n for n in names if not (n in OWN or n.startswith("__"))}
+    remote = {name: Remote(name, peer_in, peer_out) for name in offered.intersection(names)}
     passed: bool | None
     for i, test in enumerate(asked["tests"] if "names" in known else []):
         try:
-            exec(compile(f"{asked['setup']}\n{test}", "test", "exec"), {"__name__": "test", **remote})
+            exec(compile(test, "test", "exec"), _prepared(asked["setup"], entry, remote))
             passed = True
         except Gone:
             break

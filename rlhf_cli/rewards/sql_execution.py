@@ -20,7 +20,7 @@ class SqlExecution:
     """1 where the response's query returns what a reference's query returns, else 0, on an SQLite database read-only.
 
     The query is the last ```sql block, else the last <answer>, else the whole response. A query that fails, or exceeds
-    instructions, rows or memory, scores 0. Missing: a record without database, a gold query that fails, the wall clock. Part
+    instructions or rows, scores 0. Missing: a record without database, a gold query that fails, the wall clock, memory. Part
     `runs`: 1 where the query runs. ordered compares in order where the gold query ends in a top-level ORDER BY.
     See Li et al., Can LLM Already Serve as a Database Interface? (BIRD), arXiv:2305.03111 (execution accuracy: set).
     """

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import re
 import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.rewards.sqlite_clock import stop_clock
+from rlhf_cli.rewards.sqlite_trim import quick_trims
 
 Compare = Literal["set", "multiset", "ordered"]
-EVERY = 1000  # virtual-machine instructions between two looks at the limits
-LONGEST = 1_000_000  # bytes of one value, one row and one query
+EVERY = 50  # virtual-machine instructions between two looks at the limits
+LONGEST = 50_000  # bytes of one value, one sorted row and one query: instr and replace take up to its square, in one instruction
+PATTERN = 1000  # bytes of a pattern of LIKE or GLOB
 COLUMNS = 256  # of a result
 RESULT = 100_000_000  # bytes of a result
 HEAP = 1 << 29  # bytes that all of SQLite may take in this process, its sorting and its databases in memory too
@@ -39,7 +43,7 @@ class Limits(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Rows of a query, or why there are none. `late`: the wall clock stopped it, which says nothing about the query."""
+    """Rows of a query, or why there are none. `late`: the wall clock or the process's memory stopped it, not what it asks for."""
 
     rows: list[tuple[Any, ...]]
     error: str = ""
@@ -49,7 +53,20 @@ class Result(NamedTuple):
 def run(connection: sqlite3.Connection, query: str, limits: Limits) -> Result:
     """Run one query. Whatever it does wrong is an error in words; nothing is ever written."""
     with _LOCK:
-        return _run(connection, query, limits)
+        try:
+            return _run(connection, query, limits)
+        except MemoryError:  # of the databases that this process met before, perhaps
+            _forget()
+        try:
+            return _run(connection, query, limits)
+        except MemoryError:  # others may still hold theirs, so that this too says nothing about the query
+            return Result([], f"it takes over {HEAP >> 20} MB of memory", late=True)
+
+
+def _forget() -> None:
+    _made.cache_clear()
+    _opened.cache_clear()
+    gc.collect()  # a connection and its statements hold each other
 
 
 def _run(connection: sqlite3.Connection, query: str, limits: Limits) -> Result:
@@ -69,8 +86,6 @@ def _run(connection: sqlite3.Connection, query: str, limits: Limits) -> Result:
     except sqlite3.OperationalError as e:
         why = f"it takes over {limits.instructions} instructions" if left < 0 and not late else str(e)
         return Result([], f"it takes over {limits.seconds:g} s" if late else why, late)
-    except MemoryError:
-        return Result([], f"it takes over {HEAP >> 20} MB of memory")
     except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError) as e:
         return Result([], str(e) or type(e).__name__)
     finally:
@@ -124,14 +139,25 @@ def connect(meta: Mapping[str, Any], folder: str) -> sqlite3.Connection | str:
     """
     script, name = meta.get("script"), meta.get("database")
     if script:
-        return _made(str(script))
+        return _kept(_made, str(script))
     if not name:
         return "its record names no database: map dataset.columns.meta.database, or meta.script"
     root = Path(str(Path(__file__).parents[1] / "data" / "sql")) if folder == "packaged" else Path(folder).expanduser()
     file = root / str(name)
     if not file.is_file():
         return f"there is no database {str(file)!r}"
-    return _made(file.read_text(encoding="utf-8")) if file.suffix == ".sql" else _opened(str(file.resolve()))
+    made = file.suffix == ".sql"
+    return _kept(_made, file.read_text(encoding="utf-8")) if made else _kept(_opened, str(file.resolve()))
+
+
+def _kept(make: Callable[[str], sqlite3.Connection | str], what: str) -> sqlite3.Connection | str:
+    """A database that is open already, or now; where memory is short, the others are closed first."""
+    with contextlib.suppress(MemoryError):
+        return make(what)
+    _forget()
+    with contextlib.suppress(MemoryError):
+        return make(what)
+    return f"its database takes over {HEAP >> 20} MB of memory; name a file of SQLite in meta.database"
 
 
 @lru_cache(maxsize=32)
@@ -140,13 +166,12 @@ def _made(script: str) -> sqlite3.Connection | str:
     try:
         with _LOCK:
             stop_clock(connection)
+            quick_trims(connection)
             connection.executescript(script)
             connection.commit()
             return _locked(connection)
     except sqlite3.Error as e:
         return f"the script of its database fails: {e}"
-    except MemoryError:
-        return f"its database takes over {HEAP >> 20} MB of memory; name a file of SQLite in meta.database"
 
 
 @lru_cache(maxsize=32)
@@ -155,6 +180,7 @@ def _opened(file: str) -> sqlite3.Connection | str:
         with _LOCK:
             connection = sqlite3.connect(f"{Path(file).as_uri()}?mode=ro", uri=True, check_same_thread=False)
             stop_clock(connection)
+            quick_trims(connection)
             return _locked(connection)
     except sqlite3.Error as e:
         return f"{file} cannot be read: {e}"
@@ -170,6 +196,7 @@ def _locked(connection: sqlite3.Connection) -> sqlite3.Connection:
     ).fetchone()  # reads the schema, in which a table may have more columns
     for limit in (sqlite3.SQLITE_LIMIT_LENGTH, sqlite3.SQLITE_LIMIT_SQL_LENGTH):
         connection.setlimit(limit, LONGEST)
+    connection.setlimit(sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH, PATTERN)
     connection.setlimit(sqlite3.SQLITE_LIMIT_COLUMN, COLUMNS)
     connection.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
 

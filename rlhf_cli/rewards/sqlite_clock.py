@@ -26,14 +26,20 @@ def stop_clock(connection: sqlite3.Connection) -> None:
 
 def _fixed(name: str, moments: tuple[int, ...]) -> Callable[..., Any]:
     def function(*given: Any) -> Any:
-        args = [*given, "now"] if len(given) == moments[0] else list(given)
+        args = [_read(a) for a in ([*given, "now"] if len(given) == moments[0] else given)]
         for i in moments:
             if i < len(args) and _word(args[i]) in ("now", "subsec", "subsecond"):
                 args[i] = NOW
         args = [a for i, a in enumerate(args) if i <= moments[-1] or _word(a) not in _ZONES]
-        return _own().execute(f"SELECT {name}({', '.join('?' * len(args))})", args).fetchone()[0]
+        return own().execute(f"SELECT {name}({', '.join('?' * len(args))})", args).fetchone()[0]
 
     return function
+
+
+def _read(value: Any) -> Any:
+    """As SQLite's functions of time read an argument: bytes as text, and a text up to its first NUL."""
+    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+    return text.partition("\0")[0] if isinstance(text, str) else value
 
 
 def _word(value: Any) -> str:
@@ -41,7 +47,7 @@ def _word(value: Any) -> str:
 
 
 @lru_cache(maxsize=1)
-def _own() -> sqlite3.Connection:
+def own() -> sqlite3.Connection:
     """A connection whose functions are SQLite's; whoever runs a query holds the lock of all queries."""
     return sqlite3.connect(":memory:", check_same_thread=False)
 
@@ -50,7 +56,7 @@ def _own() -> sqlite3.Connection:
 def _known(name: str) -> bool:
     """Whether this SQLite has the function: unixepoch came with 3.38, timediff with 3.43."""
     try:
-        _own().execute(f"SELECT {name}('2000-01-01', '2000-01-01')")
+        own().execute(f"SELECT {name}('2000-01-01', '2000-01-01')")
     except sqlite3.OperationalError:
         return False
     return True

@@ -1,6 +1,7 @@
 """Code tests: what passes, and everything that a response may try instead of being right."""
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from rlhf_cli.errors import ConfigError
 from rlhf_cli.launch.stop import SIGNALS
 from rlhf_cli.rewards import sandboxed
 from rlhf_cli.rewards.code_tests import CodeTests, code_of
-from rlhf_cli.rewards.sandboxed import LARGEST
+from rlhf_cli.rewards.sandboxed import LARGEST, PRLIMIT
 from rlhf_cli.types import Sample
 
 pytestmark = pytest.mark.skipif(
@@ -102,12 +103,9 @@ def test_a_verdict_cannot_be_forged(how):
 NAMED = {
     "abs": ("def f(x): return 0.0\ndef abs(x): return 0", "assert abs(f(3.0) - 9.0) < 1e-6"),
     "len": ("def f(x): return []\ndef len(x): return 3", "assert len(f(3)) == 3"),
-    "all": ("def f(x): return [1]\ndef all(x): return True", "assert all(x > 5 for x in f(3))"),
-    "isinstance": ("def f(x): return 1\nisinstance = lambda *a: True", "assert isinstance(f(3), str)"),
-    "an error's": ("def f(x): return 1\nclass Exception: pass", "try:\n    f(3)\n    1 / 0\nexcept Exception:\n    raise"),
-    "the builtins": ("def f(x): return 1\ndef __builtins__(): pass\ndef __import__(*a): return f", "import math\nassert math.pi == f(3)"),
+    "any": ("def f(x): return 1\ndef any(x): return True", "assert any([f(3) == 9])"),
+    "sorted": ("def f(x): return [2]\ndef sorted(x): return [1, 2]", "assert sorted(f(3)) == [1, 2]"),
     "in another alphabet": ("def f(x): return 0.0\ndef \uff41\uff42\uff53(x): return 0", "assert abs(f(3.0) - 9.0) < 1e-6"),
-    "a module's": ("def f(x): return 0.0\ndef isclose(*a): return True", "from math import isclose\nassert isclose(f(3), 9)"),
 }  # fmt: skip
 
 
@@ -116,6 +114,27 @@ def test_what_a_test_calls_is_not_the_response_s(name):
     code, test = NAMED[name]
     assert score(code, [test]) == 0
     assert score("def f(x): return 'nine'\n" + code.partition("\n")[2], ["assert f(3) == 'nine'"]) == 1
+
+
+def test_an_exception_that_ends_a_loop_ends_the_test():
+    code = "def f(x): raise {}"
+    test = "def check(candidate):\n    assert all(map(lambda c: candidate(c[0]) == c[1], [(1, 2), (2, 3)]))"
+    for name in ("StopIteration", "StopAsyncIteration"):
+        assert score(code.format(name), test, entry_point="f") == 0
+    assert score("def f(x): return x + 1", test, entry_point="f") == 1
+
+
+def test_beside_an_entry_point_a_test_calls_nothing_of_the_response():
+    prompt = "def poly(xs, x):\n    return sum(c * x**i for i, c in enumerate(xs))\n\ndef find_zero(xs):\n    '''Where poly is 0.'''\n"
+    test = "def check(candidate):\n    assert abs(poly([-2, 1], candidate([-2, 1]))) < 1e-4"
+    record = {"tests": test, "entry_point": "find_zero", "setup": prompt}
+    forged = "def poly(xs, x): return 0\ndef find_zero(xs): return 7"
+    assert score(forged, **record) == 0 == score(forged, test, entry_point="find_zero")
+    assert score(prompt + "    return -xs[0] / xs[1]", **record) == 1
+    # The function that the prompt begins is the response's, also where the response has none.
+    nothing = "def check(candidate):\n    assert candidate([1]) is None"
+    assert score("def poly(): pass", nothing, entry_point="find_zero", setup=prompt) == 0
+    assert score("def find_zero(xs): pass", nothing, entry_point="find_zero", setup=prompt) == 1
 
 
 WRITES = "import os, json, struct\ndef say(raw, size=None):\n    for fd in range(3, 400):\n        try: os.write(fd, struct.pack('!I', size or len(raw)) + raw)\n        except OSError: pass\n"
@@ -220,6 +239,10 @@ FORBIDDEN = {
     "read the worker's memory": "open('/proc/{pid}/mem', 'rb').read(1)",
     "read its environment": "open('/proc/{pid}/environ', 'rb').read()",
     "more memory": "__import__('resource').setrlimit(9, (1 << 40, 1 << 40))",
+    "change a limit": (
+        "c = __import__('ctypes'); m = c.CDLL(None).mmap; m.restype = c.c_void_p; at = 1 << 32; here = m(c.c_void_p(at), c.c_size_t(4096), 3, 0x32, -1, c.c_long(0)); "
+        "here == at and c.CDLL(None).syscall({prlimit}, 0, 4, c.c_void_p(at), None) and (_ for _ in ()).throw(OSError)"
+    ),  # to 0, by a pointer whose low half is 0
     "a big list": "[0] * (1 << 28)",
 }
 
@@ -228,7 +251,7 @@ FORBIDDEN = {
 def test_the_kernel_refuses(what, tmp_path):
     outside = tmp_path / "outside.txt"
     outside.write_text("kept")
-    statement = FORBIDDEN[what].format(outside=str(outside), pid=os.getpid())
+    statement = FORBIDDEN[what].format(outside=str(outside), pid=os.getpid(), prlimit=PRLIMIT[platform.machine()])
     assert attempt(statement, tmp_path) == 1, what
     assert outside.read_text() == "kept" and os.listdir(tmp_path) == ["outside.txt"]
 

@@ -105,9 +105,10 @@ def test_two_empty_results_are_what_the_setting_says():
             "over 1000000 instructions",
         ),
         ("SELECT a.id FROM users a, users b, users c, users d", "over 100 rows"),
-        (f"{COUNT} SELECT x, zeroblob(999000) FROM c LIMIT 100", "^$"),
-        (f"{COUNT} SELECT zeroblob(999000), zeroblob(999000) FROM c LIMIT 100", "too large, over 100 MB"),
-        (f"{COUNT} SELECT group_concat(hex(zeroblob(499000))) FROM c", "too big"),
+        (f"{COUNT} SELECT x, {', '.join(['zeroblob(49000)'] * 20)} FROM c LIMIT 100", "^$"),
+        (f"{COUNT} SELECT {', '.join(['zeroblob(49000)'] * 21)} FROM c LIMIT 100", "too large, over 100 MB"),
+        (f"{COUNT} SELECT group_concat(hex(zeroblob(24000))) FROM c", "too big"),
+        (f"SELECT 'x' LIKE '{'x' * 1001}'", "pattern too complex"),
         ("SELECT printf('%.*c', 2000000, 'x') || 1", "^$"),  # NULL
         (f"SELECT {', '.join(['1'] * 257)}", "too many columns"),
         ("SELECT 1" + "\0", "null character"),
@@ -128,14 +129,47 @@ def test_what_a_query_may_not_do(query, why):
 def test_what_sqlite_sorts_and_holds_is_limited_and_touches_no_disk():
     # In a process of its own: SQLite's limit of memory is one of the process, and is only ever lowered.
     code = (
-        "from rlhf_cli.rewards import sqlite\nsqlite.HEAP = 1 << 24\nc, limits = sqlite._made('CREATE TABLE t (a)'), sqlite.Limits(10**6, 60.0, 10)\n"
-        f"for q in ('{COUNT} SELECT hex(zeroblob(499000)) h FROM c ORDER BY h', 'SELECT ' + ', '.join(['hex(zeroblob(499000))'] * 99), 'SELECT 1'):\n"
-        "    print(sqlite.run(c, q, limits)[:2])\nprint(sqlite._made('CREATE TABLE t (a); INSERT INTO t VALUES (zeroblob(20000000))'))\n"
+        "from rlhf_cli.rewards import sqlite\nsqlite.HEAP = 1 << 23\nc, limits = sqlite._made('CREATE TABLE t (a)'), sqlite.Limits(10**6, 60.0, 10)\n"
+        f"for q in ('{COUNT} SELECT hex(zeroblob(24000)) h FROM c ORDER BY h', 'SELECT ' + ', '.join(['hex(zeroblob(24000))'] * 240), 'SELECT 1'):\n"
+        "    print(sqlite.run(c, q, limits))\n"
+        "def of(size): return sqlite.connect({'script': f'CREATE TABLE t (a); INSERT INTO t VALUES (zeroblob({size}))'}, '')\n"
+        "print(of(20000000))\nkept = of(1)\n"
+        f"for n in range(5): print(sqlite.run(of(1500000 + n), '{COUNT} SELECT length(max(h)) FROM (SELECT hex(zeroblob(24000)) h FROM c LIMIT 60) ORDER BY h', limits))\n"
+        "for n in range(5): print(isinstance(of(2000000 + n), str))\n"
+        "print(sqlite.run(kept, 'SELECT length(a) FROM t', limits))\n"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
-    over = "takes over 16 MB of memory"
-    assert said[:3] == [f"([], 'it {over}')", f"([], 'it {over}')", "([(1,)], '')"]
+    over = "takes over 8 MB of memory"
+    assert said[:2] == [f"Result(rows=[], error='it {over}', late=True)"] * 2
+    assert said[2] == "Result(rows=[(1,)], error='', late=False)"
     assert said[3] == f"its database {over}; name a file of SQLite in meta.database"
+    # The databases of earlier records are closed where memory is short: five of 1.5 MB, then of 2 MB, fit one after the other.
+    assert said[4:9] == ["Result(rows=[(48000,)], error='', late=False)"] * 5 and said[9:14] == ["False"] * 5
+    assert said[14] == "Result(rows=[(1,)], error='', late=False)"
+
+
+def test_no_instruction_works_for_long():
+    def steps(query):  # looks at the limits, of which one stops a query
+        return run(sqlite._made(SCRIPT), query, Limits(1_000_000, 5.0, 100))
+
+    zeros, ones = "hex(zeroblob(24990))", "replace(hex(zeroblob(24990)),'0','1')"
+    got = steps(
+        f"SELECT length(trim({zeros}, substr({ones},9)||'0')), length(ltrim({zeros}, {ones})), rtrim({zeros}, '0')"
+    )
+    assert got == sqlite.Result([(0, 49980, "")])
+    assert (
+        steps("SELECT hex(zeroblob(30000))").error == "string or blob too big"
+    )  # what instr and replace would work on
+
+
+def test_trims_are_those_of_sqlite():
+    plain, own = sqlite3.connect(":memory:"), sqlite._made(SCRIPT)
+    values = ["'xaxbxx'", "''", "NULL", "11211", "1.50", "1e20", "x'7861780078'", "'é'||'xé'", "'x'||char(0)||'x'"]
+    drops = ["'x'", "'xa'", "''", "NULL", "1", "0.5", "x'78'", "'é'", "char(0)||'x'", "'x'||char(0)"]
+    for name in ("trim", "ltrim", "rtrim"):
+        for value in values:
+            query = f"SELECT {', '.join(f'{name}({value}, {d})' for d in drops)}, {name}({value})"
+            assert run(own, query, LIMITS).rows == plain.execute(query).fetchall(), query
 
 
 def test_a_table_may_be_wider_than_a_result():
@@ -156,6 +190,9 @@ def test_the_clock_of_queries_stands_still():
         "strftime('%Y') - strftime('%Y', '2000-05-05')": 25,
         "date('2024-02-29', '+1 year', 'utc')": "2025-03-01",
         "time('x')": None,
+        "date('now' || char(0)) || date(x'6e6f77') || date(CAST('now' AS BLOB))": "2025-01-01" * 3,
+        "date(x'4e4f57', x'6c6f63616c74696d65', '+1 day' || char(0) || 'x')": "2025-01-02",
+        "strftime(x'2559' || char(0))": "2025",
         "strftime('%s', 'now')": "1735689600",  # seconds to 2025: 20,089 days
     }.items():
         assert run(connection, f"SELECT {query}", LIMITS).rows == [(value,)], query
