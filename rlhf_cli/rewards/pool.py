@@ -211,6 +211,7 @@ class Pooled:
         self.name, self.scorer, self.workers = name, scorer, workers
         self.needs_references = getattr(scorer, "needs_references", False)
         self.whole = getattr(scorer, "whole_groups", False)
+        self.columns = getattr(scorer, "columns", "")  # that it brings beside its value
         self.seconds = 0.0  # that the samples of the last call took, over all workers
         self._early: dict[tuple[tuple[str, str], ...], Job] = {}
         workers.add(name, maker)
