@@ -51,18 +51,18 @@ class Attributes(Model):
         super().__init__(
             path=path, render=render, batch_size=batch_size, max_tokens=max_tokens, device=device, dtype=dtype
         )
-        self.heads = {str(k): int(v) for k, v in heads.items() if v is not None}
-        if sorted(self.heads.values()) != list(range(len(self.heads))):
+        given = {str(k): v for k, v in heads.items() if v is not None}
+        if not all(isinstance(v, int) for v in given.values()) or sorted(given.values()) != list(range(len(given))):
             raise ConfigError(
-                f"reward.attributes.heads: {self.heads} must number the model's outputs from 0, each once; "
-                "type reward.attributes.heads.NAME=NUMBER"
+                f"heads: {given} must number the model's outputs from 0, each once; type heads.NAME=NUMBER"
             )
+        self.heads = given
         self.outputs = len(self.heads)
         self.means = [i for name, i in self.heads.items() if not name.endswith(SIGMA)]
         alone = next((n for n in self.heads if n.endswith(SIGMA) and n.removesuffix(SIGMA) not in self.heads), "")
         if alone or not self.means:
             raise ConfigError(
-                f"reward.attributes.heads: {alone or self.heads} belongs to no attribute; type reward.attributes.heads.NAME=NUMBER beside NAME{SIGMA}"
+                f"heads: {alone or self.heads} belongs to no attribute; type heads.NAME=NUMBER beside NAME{SIGMA}"
             )
 
     def __call__(self, samples: Sequence[Sample], group: Tensor) -> Scores:

@@ -112,10 +112,10 @@ def test_outputs_are_parts_by_number() -> None:
 
 
 def test_heads_number_the_outputs() -> None:
-    with pytest.raises(
-        ConfigError, match=r"^reward\.attributes\.heads: .* must number the model's outputs from 0, each once"
-    ):
+    with pytest.raises(ConfigError, match=r"^heads: .* must number the model's outputs from 0, each once"):
         Attributes(path="tiny:3", heads={"a": 0, "b": 2}, render="turn", **RUN)
+    with pytest.raises(ConfigError, match=r"^heads: \{'a': 'x'\} must number"):
+        Attributes(path="tiny:3", heads={"a": "x"}, render="turn", **RUN)  # type: ignore[dict-item]
 
 
 def test_one_output_is_what_a_reward_model_has() -> None:
@@ -133,5 +133,5 @@ def test_a_sigma_is_a_part_and_no_attribute() -> None:
     sure = got.components["a/sigma"] < got.components["b/sigma"]
     want = torch.where(sure, got.components["a"], got.components["b"])
     assert torch.equal(scorer(SAMPLES[:2], GROUP[:2]).value, want), "the nominal reward is that of the surest head"
-    with pytest.raises(ConfigError, match=r"^reward\.attributes\.heads: b/sigma belongs to no attribute"):
+    with pytest.raises(ConfigError, match=r"^heads: b/sigma belongs to no attribute"):
         Attributes(path="tiny:1", heads={"a": 0, "b/sigma": 1}, render="turn", **RUN)  # type: ignore[arg-type]
