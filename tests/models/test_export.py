@@ -10,6 +10,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
 
 from rlhf_cli.config import LoraSection, ModelSection
+from rlhf_cli.engine.masters import MasterEngine
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.models.export import export
 from rlhf_cli.models.loading import load_causal, load_scalar, load_tokenizer
@@ -53,6 +54,17 @@ def test_plain_transformers_reads_it_back(make: Any, tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(tmp_path / "export").chat_template == tiny_tokenizer().chat_template
     assert [p.name for p in tmp_path.iterdir()] == ["export"], "nothing is left aside"
     assert not [p for p in (tmp_path / "export").iterdir() if p.suffix in (".bin", ".pt")]
+
+
+@pytest.mark.parametrize("make", [lambda: load_causal(TINY, dtype=F32, seed=3), tied], ids=["untied", "tied"])
+def test_weights_that_lie_in_one_tensor_are_all_written(make: Any, tmp_path: Path) -> None:
+    model = make()
+    MasterEngine(model, lambda p: torch.optim.SGD(p, lr=1.0), 0.0, 1)
+    export(model, tiny_tokenizer(), tmp_path / "export", merge=True)
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "export").state_dict()
+    assert all(torch.equal(back[k], v) for k, v in model.state_dict().items())
+    with safe_open(tmp_path / "export" / "model.safetensors", "pt") as f:
+        assert set(f.keys()) == {k for k, _ in model.named_parameters()}
 
 
 def test_written_precision(tmp_path: Path) -> None:
