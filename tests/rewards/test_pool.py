@@ -62,8 +62,8 @@ def pooled(node, workers, name="x"):
 def test_a_scorer_in_workers_brings_the_columns_that_it_brings_without() -> None:
     """Dropped, an objective that reads them would find none."""
     node = {"_target_": "rlhf_cli.rewards.levels.Levels", "format": "<answer>(.*?)</answer>", "answer": r"\d+"}
-    scorer = pooled(node, Workers(-1, 20.0))
-    assert scorer.columns == "best" and pooled(BLEU, Workers(-1, 20.0)).columns == ""
+    scorer = pooled(node, Workers(0, 20.0))
+    assert scorer.columns == "best" and pooled(BLEU, Workers(0, 20.0)).columns == ""
     found = scorer([Sample("p", f"<answer>{n}</answer>", references=("4",)) for n in (4, 5)], torch.zeros(2).long())
     assert found.components["best"].tolist() == [1, 0]
 
