@@ -8,7 +8,7 @@ import netrc
 import os
 import socket
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -55,9 +55,9 @@ class Mirror:
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Mirror the finite numbers of a row."""
-        numbers = {k: v for k, v in strict(values).items() if isinstance(v, int | float) and k != "step"}
+        row = numbers(values)
         for name in list(self.trackers):
-            self._guarded(name, lambda t: t.log(step, numbers))
+            self._guarded(name, lambda t: t.log(step, row))
 
     def finish(self, status: str) -> None:
         """Close each one."""
@@ -77,6 +77,23 @@ class Mirror:
             del self.trackers[name]
             what = (str(e).strip().splitlines() or [""])[0]
             self.note(f"warning: tracker {name} is off from here on, the run goes on: {type(e).__name__}: {what}")
+
+
+def numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """The finite numbers of a row."""
+    return {k: v for k, v in strict(values).items() if isinstance(v, int | float) and k != "step"}
+
+
+def recorded(run: Start, after: int) -> Iterator[tuple[int, dict[str, float]]]:
+    """(step, numbers) of the run's own files, of steps after `after` up to the one that it resumes from."""
+    rows: dict[int, dict[str, float]] = {}
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        with contextlib.suppress(FileNotFoundError), (run.path / name).open(encoding="utf-8") as f:
+            for line in f:
+                row = json.loads(line)
+                if after < row["step"] <= run.step:
+                    rows.setdefault(row["step"], {}).update(numbers(row))
+    yield from sorted(rows.items())
 
 
 class WandB:
@@ -100,7 +117,7 @@ class WandB:
         self._last = -1
 
     def start(self, run: Start) -> None:
-        """Begin, or go on with the same id."""
+        """Begin, or go on with the same id and the rows that it lacks."""
         mode = self._mode(run.note)
         os.environ["WANDB_SILENT"] = "true"
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # otherwise reports go out even offline
@@ -120,6 +137,8 @@ class WandB:
             self._run = self._init(run, "offline")
         self._id = self._run.id
         self._floor = max(self._floor, int(self._run.step) - 1)
+        for step, row in recorded(run, self._floor):  # of a service that was ended by the signal that stopped the run
+            self.log(step, row)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Send a row; evaluation of the newest step joins that step's row."""

@@ -307,10 +307,11 @@ def test_srun_in_a_batch_script_of_ones_own(slurm: dict[str, str], tmp_path: Pat
     assert "rlhf: warning" not in said[1]
     assert json.loads((run / "checkpoints" / "step-000002" / "state.json").read_text())["world"] == 2
     hold.touch()
-    held_up = [*TINY, *reward(tmp_path, held(killed, hold)), "run.name=killed"]
+    # scored in place, so that rank 0 itself stands still and not a worker while rank 0 may still be in a collective
+    held_up = [*TINY, *reward(tmp_path, held(killed, hold)), "reward.python.workers=false", "run.name=killed"]
     with srun("train", *held_up, option="--kill-on-bad-exit=1") as last:
         beat = killed / "logs" / "heartbeat-rank-1.json"  # written by a thread, which may come after the first step
-        here = tmp_path / "hold-here"  # in a collective rank 0 would lose its connection before it hears a signal
+        here = tmp_path / "hold-here"
         assert e2e.until(lambda: here.exists() and beat.exists(), process=last)  # type: ignore[arg-type]
         rank = json.loads(beat.read_text())["pid"]
         os.kill(rank, signal.SIGKILL)

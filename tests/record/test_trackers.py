@@ -136,6 +136,30 @@ def test_wandb_writes_an_offline_run_silently_and_resumes_it_without_repeating(t
     assert again["state"]["wandb"]["id"] == first["state"]["wandb"]["id"]
 
 
+def test_wandb_gets_the_rows_that_its_service_did_not_live_to_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[tuple[int, dict[str, float]]] = []
+
+    class Service:
+        id, step = "abc", 0
+
+        def log(self, values: dict[str, float], step: int) -> None:
+            sent.append((step, values))
+
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "mirror.json").write_text(json.dumps({"id": "abc", "last": 1}))  # then a signal ended it
+    rows = [{"step": n, "score/mean": n / 2, "text": "x"} for n in (1, 2, 3)]  # the third is of no checkpoint
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "evaluations.jsonl").write_text(json.dumps({"step": 2, "eval/reward": 0.5}) + "\n")
+    monkeypatch.setattr(WandB, "_init", lambda *_: Service())
+    wandb = WandB(mode="offline", project="p", entity=None)
+    wandb.start(Start(tmp_path, {}, 2, {}, print))
+    assert sent == [(2, {"score/mean": 1.0, "eval/reward": 0.5})]
+    wandb.log(3, {"score/mean": 1.5})
+    assert [step for step, _ in sent] == [2, 3]
+
+
 def test_wandb_without_network_goes_offline_in_seconds(tmp_path: Path) -> None:
     with socket.socket() as s:  # a port that refuses
         s.bind(("127.0.0.1", 0))
