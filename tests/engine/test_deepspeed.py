@@ -253,6 +253,9 @@ def test_extra_keys_are_merged_deep() -> None:
 # -- two processes -----------------------------------------------------------------------------------------------------
 
 
+ONE_WORKER = pytest.mark.xdist_group("two-ranks")  # another would make all of it again
+
+
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from deepspeed.ops.op_builder import AsyncIOBuilder
@@ -292,6 +295,7 @@ WAYS = ("zero0", "zero1", "zero2", "zero3", "zero2-cpu", "zero3-cpu", "zero3-nvm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
+@ONE_WORKER
 def test_two_processes_take_the_steps_of_one(comm: Comm, two_ranks: Path, way: str) -> None:
     two, one = kept(two_ranks, way), engine(comm, zero=0)
     stats = steps(one)
@@ -305,6 +309,7 @@ def test_two_processes_take_the_steps_of_one(comm: Comm, two_ranks: Path, way: s
 @pytest.mark.parametrize(
     ("way", "where"), [("zero3", []), ("zero2-cpu", ["cpu"]), ("zero3-cpu", ["cpu"] * 2), ("zero3-nvme", ["nvme"] * 2)]
 )
+@ONE_WORKER
 def test_state_and_parameters_are_where_they_were_asked_to_be(two_ranks: Path, way: str, where: list[str]) -> None:
     assert [x.rpartition(".")[2] for x in kept(two_ranks, way)["offload"]] == where
 
@@ -321,6 +326,7 @@ def test_a_disk_without_libaio_is_refused_in_one_line(
 
 
 @pytest.mark.slow
+@ONE_WORKER
 def test_two_processes_take_the_steps_of_one_in_bf16(comm: Comm, two_ranks: Path) -> None:
     two, one = kept(two_ranks, "bf16"), engine(comm, bf16=True)
     stats = steps(one)
@@ -332,6 +338,7 @@ def test_two_processes_take_the_steps_of_one_in_bf16(comm: Comm, two_ranks: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@ONE_WORKER
 def test_models_that_follow_are_those_of_one_process(comm: Comm, two_ranks: Path, zero: int) -> None:
     two, one = kept(two_ranks, f"zero{zero}")["beside"], followed(engine(comm, zero=0))[1]
     assert len(two) == len(one) > 0
@@ -342,6 +349,7 @@ def test_models_that_follow_are_those_of_one_process(comm: Comm, two_ranks: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", [*WAYS, "bf16"])
+@ONE_WORKER
 def test_two_processes_go_on_bit_identically(two_ranks: Path, way: str) -> None:
     two = kept(two_ranks, way)
     assert equal(two["before"], two["loaded"]) and not equal(two["before"], two["after"])
@@ -350,6 +358,7 @@ def test_two_processes_go_on_bit_identically(two_ranks: Path, way: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("saved", "loaded"), [("zero2", 0), ("zero3", 1), ("zero0", 3), ("zero3-cpu", 0)])
+@ONE_WORKER
 def test_a_checkpoint_of_two_ranks_goes_on_in_one(comm: Comm, two_ranks: Path, saved: str, loaded: int) -> None:
     two, e = kept(two_ranks, saved), engine(comm, zero=loaded)
     e.load(two_ranks / saved, two["state"])
