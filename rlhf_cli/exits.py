@@ -6,7 +6,6 @@ DONE = 0
 FAILED = 1
 WRONG_INPUT = 2  # a ConfigError
 GATE = 3  # a GateError
-STOPPED = (
-    75  # EX_TEMPFAIL: stopped by a signal after a checkpoint, or by its own watch of silence; start it again to go on
-)
+# EX_TEMPFAIL: stopped by a signal after a checkpoint, or by its own watch of silence; start it again to go on
+STOPPED = 75
 INTERRUPTED = 130  # by a second Ctrl-C

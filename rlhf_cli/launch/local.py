@@ -61,9 +61,8 @@ def resume(path: Path, overrides: list[str]) -> int:
     if not (path / "config.yaml").exists():
         raise ConfigError(f"resume: {path} is no run directory (no config.yaml in it); rlhf resume runs/NAME")
     cfg = load_config(path)
-    if (
-        checkpoint.newest_step(rundir.checkpoints) >= 0
-    ):  # else one that began from another's has none, and begins there again
+    # A run that began from another's checkpoint and has none of its own begins there again.
+    if checkpoint.newest_step(rundir.checkpoints) >= 0:
         cfg.resume = "auto"
     cfg.run.dir, cfg.run.name = str(path.parent), path.name  # it may have been moved
     before = OmegaConf.to_container(cfg, resolve=True)

@@ -78,17 +78,12 @@ def _save(model: Any, state: Mapping[str, Tensor], folder: Path, dtype: torch.dt
     """Weights in `dtype`; a tied weight is written once and tied again by the config."""
     tied = set(getattr(model, "all_tied_weights_keys", {})) if model.config.tie_word_embeddings else set()
     moved = {k: v.detach().to("cpu", dtype if v.is_floating_point() else v.dtype) for k, v in state.items()}
-    kept = {k: _alone(v) for k, v in moved.items() if k not in tied}
+    kept = {k: v.contiguous() for k, v in moved.items() if k not in tied}
     with quiet():
         model.save_pretrained(folder, state_dict=kept)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["dtype"] = str(dtype).removeprefix("torch.")  # transformers writes the live model's
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _alone(x: Tensor) -> Tensor:
-    """Without neighbours in its storage: transformers takes parts of one storage, as in `engine/masters.py`, for shared weights."""
-    return x.clone() if x.untyped_storage().nbytes() > x.nbytes else x.contiguous()
 
 
 def _swap(aside: Path, folder: Path) -> None:

@@ -159,10 +159,9 @@ class RunDir:
     def release(self) -> None:
         """Let another process write this run."""
         if self._lock is not None:
+            # Whoever comes next must not be taken for this process before it has written its name.
             with suppress(OSError):  # a full disk
-                self._lock.truncate(
-                    0
-                )  # whoever comes next must not be taken for this process before it has written its name
+                self._lock.truncate(0)
             self._forget()
 
     def _forget(self) -> None:

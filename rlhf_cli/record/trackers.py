@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 
 from rlhf_cli.record.files import strict
+from rlhf_cli.record.metrics import read
 from rlhf_cli.record.redact import redact
 
 
@@ -88,11 +89,9 @@ def recorded(run: Start, after: int) -> Iterator[tuple[int, dict[str, float]]]:
     """(step, numbers) of the run's own files, of steps after `after` up to the one that it resumes from."""
     rows: dict[int, dict[str, float]] = {}
     for name in ("metrics.jsonl", "evaluations.jsonl"):
-        with contextlib.suppress(FileNotFoundError), (run.path / name).open(encoding="utf-8") as f:
-            for line in f:
-                row = json.loads(line)
-                if after < row["step"] <= run.step:
-                    rows.setdefault(row["step"], {}).update(numbers(row))
+        for row in read(run.path / name):
+            if after < row["step"] <= run.step:
+                rows.setdefault(row["step"], {}).update(numbers(row))
     yield from sorted(rows.items())
 
 

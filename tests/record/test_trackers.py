@@ -150,7 +150,8 @@ def test_wandb_gets_the_rows_that_its_service_did_not_live_to_take(
     (tmp_path / "wandb").mkdir()
     (tmp_path / "wandb" / "mirror.json").write_text(json.dumps({"id": "abc", "last": 1}))  # then a signal ended it
     rows = [{"step": n, "score/mean": n / 2, "text": "x"} for n in (1, 2, 3)]  # the third is of no checkpoint
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    torn = '{"step": 4, "sc'
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + torn)
     (tmp_path / "evaluations.jsonl").write_text(json.dumps({"step": 2, "eval/reward": 0.5}) + "\n")
     monkeypatch.setattr(WandB, "_init", lambda *_: Service())
     wandb = WandB(mode="offline", project="p", entity=None)
