@@ -27,9 +27,8 @@ RESULT = 100_000_000  # bytes of a result
 HEAP = 1 << 29  # bytes that all of SQLite may take in this process, its sorting and its databases in memory too
 _ALLOWED = frozenset({sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE})
 _REFUSED = frozenset({"random", "randomblob", "load_extension", "readfile", "writefile", "edit", "fts3_tokenizer"})
-_LOCK = (
-    threading.Lock()
-)  # of all queries: a connection has one progress handler, and the clock's functions one connection
+# Of all queries: a connection has one progress handler, and the clock's functions one connection.
+_LOCK = threading.Lock()
 _FENCE = re.compile(r"```sql[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
@@ -191,9 +190,7 @@ def _locked(connection: sqlite3.Connection) -> sqlite3.Connection:
     connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
     connection.execute("PRAGMA temp_store = MEMORY").fetchall()  # where the limit of the next line holds
     connection.execute(f"PRAGMA hard_heap_limit = {HEAP}").fetchall()
-    connection.execute(
-        "SELECT 1 FROM sqlite_master"
-    ).fetchone()  # reads the schema, in which a table may have more columns
+    connection.execute("SELECT 1 FROM sqlite_master").fetchone()  # the schema, in which a table may have more columns
     for limit in (sqlite3.SQLITE_LIMIT_LENGTH, sqlite3.SQLITE_LIMIT_SQL_LENGTH):
         connection.setlimit(limit, LONGEST)
     connection.setlimit(sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH, PATTERN)
