@@ -24,6 +24,11 @@ class Workload:
     lora: int = 0  # rank; 0 trains every weight
 
     @property
+    def max_prompt_tokens(self) -> int:
+        """What a user would type: `min_prompt_tokens` twice, since a prompt is doubled, or the default."""
+        return max(512, 2 * self.min_prompt_tokens)
+
+    @property
     def rows(self) -> int:
         return self.prompts * self.samples
 
@@ -107,7 +112,7 @@ def overrides(job: Job, *more: str) -> list[str]:
     settings = [
         "algo=grpo", f"updates.policy.kl.coef={BETA}", "reward=bleu", "model=path", f"model.path={job.model}",
         f"model.lora.r={w.lora}", "dataset=jsonl", f"dataset.path={folder / 'train.jsonl'}",
-        f"dataset.heldout={folder / 'heldout.jsonl'}", "dataset.max_prompt_tokens=8192", f"batch.prompts={w.prompts}",
+        f"dataset.heldout={folder / 'heldout.jsonl'}", f"dataset.max_prompt_tokens={w.max_prompt_tokens}", f"batch.prompts={w.prompts}",
         f"batch.samples={w.samples}", "batch.epochs=1", "batch.minibatches=1", f"rollout.max_tokens={w.new_tokens}",
         f"rollout.min_tokens={w.new_tokens}", "rollout.temperature=1.0", f"rollout.rows={w.rows}", "optim.lr=1e-6",
         "gates.constant_steps=1000", "tracker=none", "steps=100000", f"hardware.device={job.device}", "hardware.processes=1",

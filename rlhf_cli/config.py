@@ -209,7 +209,7 @@ class HardwareSection:
     zero: int = 0  # DeepSpeed ZeRO stage 0-3
     offload: str = "none"  # none | cpu (optimizer state; parameters too under ZeRO-3) | nvme (both, ZeRO-3 only)
     nvme_path: str = ""  # folder on a local NVMe disk for offload=nvme
-    micro_batch_tokens: int = 0  # tokens per forward; 0: by device (on a CPU one group, 1024 to 2048)
+    micro_batch_tokens: int = 0  # tokens per forward; 0: by device (on a CPU one group, 1024 to 2048, bf16 from 1280)
     threads: int = 0  # threads per rank; 0: the machine's cores divided by the ranks
     timeout: int = 1800  # seconds without a heartbeat before a rank is declared hung
     deepspeed: dict[str, Any] = field(default_factory=dict)  # extra DeepSpeed keys

@@ -268,7 +268,8 @@ def test_auto_hardware_without_a_gpu(no_gpu: None, monkeypatch: pytest.MonkeyPat
         found = resolve_hardware(config("batch.samples=8", "dataset.max_prompt_tokens=512", *words))
         assert found["micro_batch_tokens"] == tokens  # 512 + 8 x 128 is a whole group
     monkeypatch.setattr(hardware, "_cpu_has", lambda flag: flag == "amx_bf16")
-    assert resolve_hardware(config())["precision"] == "bf16"
+    found = resolve_hardware(config())
+    assert (found["precision"], found["micro_batch_tokens"]) == ("bf16", 1280)
     assert resolve_hardware(config("hardware=cpu"))["precision"] == "fp32"
 
 

@@ -3,29 +3,55 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
+from pathlib import Path
 
 import torch
 
 from rlhf_cli.errors import ConfigError
 
-TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4  # of glibc's mallopt
-LARGEST = 2**31 - 1
+TRIM_THRESHOLD, TOP_PAD, MMAP_MAX, ARENA_MAX = -1, -2, -4, -8  # of glibc's mallopt
+MADV_HUGEPAGE = 14
 NO_MORE = "DefaultCPUAllocator: "  # torch raises a plain RuntimeError for the memory of a CPU
 
 
 def keep_freed_memory() -> None:
-    """Let glibc reuse freed blocks instead of returning them.
+    """Let glibc reuse freed blocks instead of returning them, and keep them in huge pages.
 
-    Every large tensor would otherwise be new pages, which the kernel clears one by one: a tenth of an update's time on a CPU.
+    Every large tensor would otherwise be new pages, which the kernel clears one by one: a tenth of an update's time on a CPU. Weights in
+    pages of 4 KiB are read at half the speed of those in huge ones: a tenth of a rollout's.
     """
     if not sys.platform.startswith("linux"):
         return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # absent from other C libraries
-    if mallopt is not None:
-        mallopt(MMAP_MAX, 0)
-        mallopt(TRIM_THRESHOLD, LARGEST)
-        mallopt(TOP_PAD, 1 << 26)
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):  # absent from other C libraries
+        return
+    libc.mallopt(MMAP_MAX, 0)
+    libc.mallopt(TRIM_THRESHOLD, -1)
+    libc.mallopt(TOP_PAD, 1 << 26)
+    libc.mallopt(ARENA_MAX, 1)  # threads too: transformers loads weights in some
+    _reserve_huge(libc)
+
+
+def _reserve_huge(libc: ctypes.CDLL) -> None:
+    """Grow the heap to the machine's memory, none of which is in use until it is written, and ask for huge pages in all of it.
+
+    Pages that the heap grew by later would be small ones. A system that promises no more than it has refuses; nothing is lost then.
+    """
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    block = libc.malloc(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 3 // 4)
+    if not block:
+        return
+    libc.free(block)
+    heap = next(
+        (line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("[heap]")), None
+    )
+    if heap is not None:
+        begin, end = (int(x, 16) for x in heap.split("-"))
+        libc.madvise(begin, end - begin, MADV_HUGEPAGE)
 
 
 def out_of_memory(e: BaseException) -> ConfigError | None:

@@ -15,13 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rlhf_cli.models.saving import cheap
+
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 3e-2}  # a stock norm computes in fp32 at most
 
 
 class RMSNorm(torch.autograd.Function):
     """weight * x / rms(x). Computes in fp32 at least, rounds the normalised x to its type as stock modules do.
 
-    Saves x and one number per row; autograd would save x, its square's parts, and the normalised x.
+    Saves x and one number per row; autograd would save x, its square's parts, and the normalised x. The result is cheap to make again.
     """
 
     @staticmethod
@@ -29,7 +31,7 @@ class RMSNorm(torch.autograd.Function):
         wide = x if x.dtype == torch.float64 else x.float()
         scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).to(x.dtype) * weight
+        return cheap((wide * scale).to(x.dtype).mul_(weight), lambda: (x * scale).to(x.dtype).mul_(weight))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
@@ -53,7 +55,7 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return cheap(F.silu(gate).mul_(up), lambda: F.silu(gate).mul_(up))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rlhf_cli.models.packing import pack, shifted, to_device
+from rlhf_cli.models.saving import recipes
 
 CHUNK = 256  # positions whose logits exist at a time, where all of the vocabulary is needed at once
 BLOCK = {"cpu": 1 << 21}  # logits that exist at a time where it is not: on a CPU what its cache holds
@@ -184,13 +185,19 @@ def run_backbone(backbone: Any, ids: Tensor, attention: Tensor, group: Tensor, p
         no_mask = torch.empty(
             1, 1, 1, 1, device=device
         )  # 4D: transformers passes it on untouched; the layout is the mask
-        out = backbone(
-            input_ids=layout.ids, attention_mask=no_mask, position_ids=layout.positions, use_cache=False, layout=layout
-        )
+        with recipes():
+            out = backbone(
+                input_ids=layout.ids,
+                attention_mask=no_mask,
+                position_ids=layout.positions,
+                use_cache=False,
+                layout=layout,
+            )
         return out.last_hidden_state[0], layout.place.cpu()
     positions = (attention.cumsum(-1) - 1).clamp(min=0)
     moved = {"input_ids": ids.to(device), "attention_mask": attention.to(device), "position_ids": positions.to(device)}
-    out = backbone(**moved, use_cache=False)
+    with recipes():
+        out = backbone(**moved, use_cache=False)
     return out.last_hidden_state.flatten(0, 1), torch.arange(ids.numel()).view_as(ids)
 
 

@@ -7,12 +7,15 @@ those of the flat rows (up to rounding). Linear layers run on real tokens only; 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from rlhf_cli.models.saving import cheap
 
 ATTENTION = "rlhf_packed"
 SMALL = 1 << 16  # entries of a score matrix up to which explicit attention is faster
@@ -120,15 +123,22 @@ def packed_attention(
     heads = [x.view(g, p, *x.shape[1:]).transpose(1, 2) for x, _ in spread]  # [G, H, P, D]
     parts = []
     if p:
-        parts.append(_attend(*heads, layout, "prefix", scale).flatten(0, 1))
+        parts.append(_attend(*heads, layout, "prefix", scale))
     if r:
         q, k, v = (x.view(r, s, *x.shape[1:]).transpose(1, 2) for _, x in spread)  # [R, H, S, D]
         k, v = (
             torch.cat([shared.index_select(0, layout.owner), mine], 2)
             for shared, mine in ((heads[1], k), (heads[2], v))
         )
-        parts.append(_attend(q, k, v, layout, "suffix", scale).flatten(0, 1))
-    return Moved.apply(torch.cat(parts), layout.order, None, there, real)[None], None  # [1, L, H, D]
+        parts.append(_attend(q, k, v, layout, "suffix", scale))
+    out = Moved.apply(_rows(parts), layout.order, None, there, real)[None]  # [1, L, H, D]
+    kept = [x.detach() for x in parts]  # which attention saves as well
+    return cheap(out, lambda: _rows(kept).index_select(0, layout.order)[None]), None
+
+
+def _rows(parts: Sequence[Tensor]) -> Tensor:
+    """[n, S, H, D] each, as rows [sum of n * S, H, D]."""
+    return torch.cat([x.flatten(0, 1) for x in parts])
 
 
 class Moved(torch.autograd.Function):

@@ -32,6 +32,7 @@ __all__ = ["Decoding", "Rollout", "Sampler", "eos_ids"]
 
 # Prompts per forward, and the multiple that lengths are padded to; elsewhere one prompt, unpadded.
 PREFILL = {"cuda": (16, 64)}
+SHORT = 128  # tokens of the longest prompt up to which reading it once per response is as fast as once per group and a merge
 AHEAD = 4  # where prompts share a forward, read so many forwards' prompts before they are needed, so that they fill it
 
 
@@ -135,6 +136,7 @@ class Sampler:
                 and len(rows) <= slots
                 and k > 1
                 and slots % k == 0
+                and max(map(len, prompts)) > SHORT
             )
             batch.shared = k if together and batch.shadow is None else 0
         training = self.model.training

@@ -146,7 +146,9 @@ def held(run: Path, hold: Path) -> str:
 
 
 def jsonl(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    """The rows of a file that another process may be writing: a last line without its end is not a row yet."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def status(run: Path) -> dict[str, Any]:
