@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rlhf_cli.models.heads import inner
 from rlhf_cli.rollout.tree import Memory
 
 Linear = Callable[[Tensor], Tensor]
@@ -40,11 +41,12 @@ class Decoder:
     """The next-token logits of one new token per slot, from the weights as they are when it is made.
 
     Args:
-        hf: a causal language model that `readable` accepts.
+        model: a causal language model that `readable` accepts.
         rows: slots, which weights are packed for.
     """
 
-    def __init__(self, hf: Any, rows: int) -> None:
+    def __init__(self, model: Any, rows: int) -> None:
+        hf = inner(model)
         body = hf.model
         attention = body.layers[0].self_attn
         self.body, self.width = body, attention.head_dim
@@ -82,10 +84,11 @@ class Decoder:
         return memory.attend(i, q.reshape(n, k.shape[1], -1, w), k, v, self.scale).reshape(n, -1)
 
 
-def readable(hf: Any) -> bool:
+def readable(model: Any) -> bool:
     """Whether a model has the parts that `Decoder` calls; what they compute is for `agree` to see."""
+    hf = inner(model)
     body = getattr(hf, "model", None)
-    if type(getattr(hf, "lm_head", None)) is not nn.Linear or not len(getattr(body, "layers", ())):
+    if _base(getattr(hf, "lm_head", None)) is None or not len(getattr(body, "layers", ())):
         return False
     if (
         not all(hasattr(body, n) for n in ("embed_tokens", "rotary_emb", "norm"))
@@ -100,8 +103,7 @@ def _has(m: Any) -> bool:
     linears = [getattr(getattr(m, part, None), n, None) for part, names in parts.items() for n in names]
     norms = [getattr(m, n, None) for n in ("input_layernorm", "post_attention_layernorm")]
     sizes = all(hasattr(m.self_attn, n) for n in ("head_dim", "scaling")) if hasattr(m, "self_attn") else False
-    # A sharded weight is empty; adapters are other classes.
-    plain = all(type(x) is nn.Linear and x.weight.numel() > 0 for x in linears)
+    plain = all(x is not None and x.weight.numel() > 0 for x in map(_base, linears))  # a sharded weight is empty
     return plain and sizes and all(hasattr(x, "variance_epsilon") for x in norms)
 
 
@@ -129,8 +131,34 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
+def _base(m: Any) -> nn.Linear | None:
+    """A linear layer, or that inside peft's plain adapters, which add scale * B(A(x)); None for what computes otherwise."""
+    if type(m) is nn.Linear:
+        return m
+    base = getattr(m, "base_layer", None)
+    plain = type(base) is nn.Linear and hasattr(m, "lora_A") and not m.merged and not m.lora_variant
+    return base if plain and all(b.bias is None for b in m.lora_B.values()) else None
+
+
 def _packed(m: Any, rows: int) -> Linear:
-    """A linear layer; in bf16 on a CPU with its weight in the layout of the matrix unit, half the time at few rows."""
+    """A linear layer with its adapters; in bf16 on a CPU with its weight in the layout of the matrix unit, half the time at few rows."""
+    base = _base(m)
+    assert base is not None
+    whole = _ready(base, rows)
+    if m is base or m.disable_adapters:
+        return whole
+    added = [(m.lora_A[n].weight, m.lora_B[n].weight, m.scaling[n]) for n in m.active_adapters if n in m.lora_A]
+
+    def adapted(x: Tensor) -> Tensor:
+        y = whole(x)
+        for a, b, scale in added:
+            y = y + F.linear(F.linear(x.to(a.dtype), a), b) * scale
+        return y.to(x.dtype)
+
+    return adapted
+
+
+def _ready(m: nn.Linear, rows: int) -> Linear:
     weight, bias = m.weight.detach(), m.bias
     if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return lambda x: F.linear(x, weight, bias)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from rlhf_cli.config import LoraSection
 from rlhf_cli.models.lora import add_lora
@@ -45,11 +46,35 @@ def test_a_model_that_only_looks_alike_decodes_by_its_own_forward(monkeypatch: p
     assert found.ids == own.ids and torch.equal(found.logp, own.logp)  # nothing of the other step is left in the cache
 
 
-def test_adapters_other_norms_and_eager_attention_are_not_read() -> None:
+def test_other_adapters_other_norms_and_eager_attention_are_not_read() -> None:
     assert readable(llama())
     assert not readable(llama(attention="eager"))
     assert not readable(family("Gemma"))  # its norm has another form
-    assert not readable(add_lora(llama(), LoraSection(r=2), 0))
+    assert readable(add_lora(llama(), LoraSection(r=2), 0))
+    for more in ({"use_dora": True}, {"lora_bias": True}):
+        assert not readable(get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"], **more)))
+    merged = add_lora(llama(), LoraSection(r=2), 0)
+    merged.merge_adapter()
+    assert not readable(merged)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_are_added_as_the_model_adds_them(dtype: torch.dtype) -> None:
+    model = add_lora(llama(), LoraSection(r=2, alpha=6), 0).to(dtype)
+    generator = torch.Generator().manual_seed(2)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data.normal_(std=0.3, generator=generator)
+    base = sampler(model)
+    fast, slow = sampler(model), sampler(model)
+    slow.written_out = False
+    one, other = (s.sample(PROMPTS, 2, seeds(8)) for s in (fast, slow))
+    assert fast.written_out
+    if dtype == torch.float32:
+        assert one.ids == other.ids
+        torch.testing.assert_close(one.logp, other.logp, rtol=0, atol=1e-5)
+    with model.disable_adapter():
+        assert base.sample(PROMPTS, 2, seeds(8)).ids != one.ids and base.written_out
 
 
 def test_agreement_is_relative_to_the_norm_and_nan_is_none() -> None:

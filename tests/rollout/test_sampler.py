@@ -92,13 +92,13 @@ def slow(
     return ids, logps
 
 
-def check_against_slow(s: Sampler, model: Any, k: int = 3) -> Rollout:
+def check_against_slow(s: Sampler, model: Any, k: int = 3, atol: float = 1e-5) -> Rollout:
     numbers = seeds(len(PROMPTS) * k)
     out = s.sample(PROMPTS, k, numbers)
     for i, seed in enumerate(numbers):
         ids, logps = slow(model, PROMPTS[i // k], seed, s.decoding, s.eos)
         assert out.ids[i] == ids, f"row {i}"
-        torch.testing.assert_close(out.logp[i, : len(ids)], torch.tensor(logps), atol=1e-5, rtol=0)
+        torch.testing.assert_close(out.logp[i, : len(ids)], torch.tensor(logps), atol=atol, rtol=0)
         assert (out.logp[i, len(ids) :] == 0).all()
     return out
 
@@ -226,7 +226,9 @@ def test_adapters_are_used() -> None:
     for name, p in model.named_parameters():
         if "lora_B" in name:
             p.data.normal_(std=0.3, generator=generator)
-    out = check_against_slow(sampler(model), model, k=2)
+    out = check_against_slow(
+        sampler(model), model, k=2, atol=1e-4
+    )  # a row amplifies: the model itself is 3e-5 from its float64
     with model.disable_adapter():
         base = sampler(model).sample(PROMPTS, 2, seeds(8))
     assert base.ids != out.ids
