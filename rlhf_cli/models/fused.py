@@ -31,7 +31,10 @@ class RMSNorm(torch.autograd.Function):
         wide = x if x.dtype == torch.float64 else x.float()
         scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        return cheap((wide * scale).to(x.dtype).mul_(weight), lambda: (x * scale).to(x.dtype).mul_(weight))
+        y = (wide * scale).to(x.dtype).mul_(weight)
+        if hasattr(weight, "ds_id"):  # ZeRO-3 may hold no more than a shard of it when the linear layers' turn comes
+            return y
+        return cheap(y, lambda: (x * scale).to(x.dtype).mul_(weight))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]

@@ -79,6 +79,15 @@ def test_without_gradients_or_outside_nothing_is_remembered() -> None:
     assert saving.cheap(x, lambda: x) is x
 
 
+def test_a_norm_that_zero_3_shards_is_kept() -> None:
+    x, weight, w = torch.ones(2, 4, requires_grad=True), torch.full((4,), 2.0), torch.ones(4, 4, requires_grad=True)
+    weight.ds_id = 0  # type: ignore[attr-defined]
+    with saving.recipes():
+        out = fused.RMSNorm.apply(x, weight, 0.0) @ w
+    weight.data = torch.empty(0)  # given back between the passes
+    assert torch.equal(torch.autograd.grad(out.sum(), w)[0], torch.full((4, 4), 4.0))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_keeps_a_third_less_and_the_same_gradients(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     packing.register()
