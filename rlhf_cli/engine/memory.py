@@ -37,8 +37,16 @@ def keep_freed_memory() -> None:
 def _reserve_huge(libc: ctypes.CDLL) -> None:
     """Grow the heap to the machine's memory, none of which is in use until it is written, and ask for huge pages in all of it.
 
-    Pages that the heap grew by later would be small ones. A system that promises no more than it has refuses; nothing is lost then.
+    Pages that the heap grew by later would be small ones. Not where addresses are limited or promises are kept: others would miss them.
     """
+    import resource  # not on every system
+
+    limited = any(
+        resource.getrlimit(r)[0] != resource.RLIM_INFINITY for r in (resource.RLIMIT_AS, resource.RLIMIT_DATA)
+    )
+    promise = Path("/proc/sys/vm/overcommit_memory")
+    if limited or (promise.exists() and promise.read_text().strip() == "2"):
+        return
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]

@@ -26,6 +26,7 @@ class Recipe:
 
     storage: StorageWeakRef  # of the tensor itself, which lives as long as the forward pass needs it
     make: Make
+    version: int  # of the tensor when it was made: one that was changed since is not what the recipe makes
     uses: int = 0
     served: int = 0
     made: Tensor | None = None
@@ -57,7 +58,7 @@ def cheap(x: Tensor, make: Make) -> Tensor:
         for key in [k for k, r in known.items() if r.storage.expired()]:
             del known[key]
         storage = x.untyped_storage()
-        known[storage._cdata] = Recipe(StorageWeakRef(storage), make)
+        known[storage._cdata] = Recipe(StorageWeakRef(storage), make, x._version)
     return x
 
 
@@ -77,14 +78,21 @@ def recipes() -> Iterator[None]:
 
 def _keep(x: Tensor) -> Any:
     recipe = (_known.get() or {}).get(x.untyped_storage()._cdata)
-    if recipe is None:
-        return x
-    recipe.uses += 1
-    return Saved(recipe, x.size(), x.stride(), x.storage_offset())
+    if recipe is not None and recipe.version == x._version:
+        recipe.uses += 1
+        return Saved(recipe, x.size(), x.stride(), x.storage_offset())
+    # A node that saved its own result would otherwise hold itself for ever, where no backward pass follows. A weight stays itself:
+    # ZeRO-3 changes what it holds.
+    return x if x.is_leaf else (x.detach(), x._version)
 
 
 def _fetch(kept: Any) -> Tensor:
-    if not isinstance(kept, Saved):
+    if isinstance(kept, Saved):
+        with torch.no_grad():
+            return kept.recipe.serve().as_strided(kept.size, kept.stride, kept.offset)
+    if isinstance(kept, Tensor):
         return kept
-    with torch.no_grad():
-        return kept.recipe.serve().as_strided(kept.size, kept.stride, kept.offset)
+    x, version = kept
+    if x._version != version:
+        raise RuntimeError("a tensor that the backward pass needs was changed in place after the forward pass")
+    return x

@@ -22,7 +22,7 @@ class Decoding:
     """How a response is drawn.
 
     `rows` is the number of rows in every forward; 0 lets the sampler choose, but no more than `wave`, the responses that
-    one step wants of all processes together (0: not known).
+    one step wants of all processes together (0: not known), of whose prompts the longest has `longest` tokens (0: not known).
     """
 
     max_tokens: int = 64
@@ -33,6 +33,7 @@ class Decoding:
     stop: tuple[str, ...] = ()
     rows: int = 0
     wave: int = 0
+    longest: int = 0
 
 
 def choose(logits: Tensor, uniform: Tensor, decoding: Decoding) -> tuple[Tensor, Tensor]:

@@ -136,7 +136,11 @@ def _base(m: Any) -> nn.Linear | None:
     if type(m) is nn.Linear:
         return m
     base = getattr(m, "base_layer", None)
-    plain = type(base) is nn.Linear and hasattr(m, "lora_A") and not m.merged and not m.lora_variant
+    lora = (type(m).__module__, type(m).__qualname__) == (
+        "peft.tuners.lora.layer",
+        "Linear",
+    )  # peft is not imported for it
+    plain = type(base) is nn.Linear and lora and not m.merged and not m.lora_variant
     return base if plain and all(b.bias is None for b in m.lora_B.values()) else None
 
 

@@ -136,7 +136,7 @@ class Sampler:
                 and len(rows) <= slots
                 and k > 1
                 and slots % k == 0
-                and max(map(len, prompts)) > SHORT
+                and not 0 < decoding.longest <= SHORT
             )
             batch.shared = k if together and batch.shadow is None else 0
         training = self.model.training

@@ -68,10 +68,9 @@ class Sampled:
         best = self._best(chosen, at) if self._greedy else None
         seeds = [row_seed(self.seed, self.version, p, k) for p in at for k in range(self.samples)]
         done = early(self._begin, self.sampler, [self.records[i] for i in chosen], best.ids if best else ())
-        decoding = replace(self.sampler.decoding, wave=len(seeds))
-        drawn = draw(
-            self.sampler, [self.encoded[i] for i in chosen], self.samples, seeds, self.comm, decoding, done=done
-        )
+        prompts = [self.encoded[i] for i in chosen]
+        decoding = replace(self.sampler.decoding, wave=len(seeds), longest=max(map(len, prompts), default=0))
+        drawn = draw(self.sampler, prompts, self.samples, seeds, self.comm, decoding, done=done)
         self._rest()
         exp = self._experience(chosen, together(drawn, best, self.samples), self.samples + (best is not None))
         if best is None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
 import torch
 from test_packing import ragged
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from rlhf_cli.models import fused, packing, saving
 from rlhf_cli.models.heads import PolicyHead, stage_inputs
@@ -72,6 +74,29 @@ def test_memory_that_was_given_back_is_nobodys_recipe() -> None:
             assert float(torch.autograd.grad(out, w)[0][0, 0]) == i
 
 
+def test_what_was_changed_in_place_is_kept_as_it_is_or_refused() -> None:
+    x, w = (torch.full((1, 1), 2.0, requires_grad=True) for _ in range(2))
+    with saving.recipes():
+        changed = Squared.apply(x).mul_(3) @ w  # 12, not the 4 that the recipe makes
+        other = x * 1
+        late = other @ w
+    assert float(torch.autograd.grad(changed, w)[0]) == 12
+    with torch.no_grad():
+        other.zero_()
+    with pytest.raises(RuntimeError, match="changed in place"):
+        late.backward()
+
+
+def test_a_forward_pass_without_its_backward_pass_is_forgotten() -> None:
+    x = torch.ones(4, requires_grad=True)
+    with saving.recipes():
+        y = x.exp()  # saves its own result
+    storage = StorageWeakRef(y.untyped_storage())
+    del y
+    gc.collect()
+    assert storage.expired()
+
+
 def test_without_gradients_or_outside_nothing_is_remembered() -> None:
     with torch.no_grad(), saving.recipes():
         assert saving._known.get() is None
@@ -105,7 +130,7 @@ def test_a_model_keeps_a_third_less_and_the_same_gradients(monkeypatch: pytest.M
         def watch(x: Tensor, keep: Any = keep, own: Any = own, kept: Any = kept) -> Any:
             it = keep(x)
             storage = x.untyped_storage()
-            if it is x and storage._cdata not in own:
+            if not isinstance(it, saving.Saved) and storage._cdata not in own:
                 kept[storage._cdata] = storage.nbytes()
             return it
 

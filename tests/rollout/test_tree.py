@@ -40,7 +40,6 @@ def test_two_parts_make_attention_over_the_whole() -> None:
 @pytest.mark.parametrize("early", [False, True])
 def test_a_step_that_fits_shares_prompts_and_draws_the_same(monkeypatch: pytest.MonkeyPatch, early: bool) -> None:
     made = []
-    monkeypatch.setattr(module, "SHORT", 0)
     monkeypatch.setattr(module, "Tree", lambda *args: made.append(args[1:]) or Tree(*args))
     apart, shared = sampler(llama()), sampler(llama())
     if early:  # some rows end before others
@@ -61,7 +60,8 @@ def test_a_step_that_fits_shares_prompts_and_draws_the_same(monkeypatch: pytest.
 def test_more_rows_than_slots_and_single_responses_do_not_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "Tree", None)
     s = sampler(llama())
-    s.sample(PROMPTS, 2, seeds(8), replace(s.decoding, rows=8, wave=8))  # short prompts neither
-    monkeypatch.setattr(module, "SHORT", 0)
+    s.sample(
+        PROMPTS, 2, seeds(8), replace(s.decoding, rows=8, wave=8, longest=module.SHORT)
+    )  # nor a step of short prompts
     for k, rows, wave in ((2, 4, 8), (1, 8, 4), (2, 8, 0), (2, 8, 16)):
         s.sample(PROMPTS, k, seeds(4 * k), replace(s.decoding, rows=rows, wave=wave))
