@@ -50,6 +50,29 @@ def test_rows_of_a_step(sampler: Sampler) -> None:
     assert exp.ids[0].tolist() != exp.ids[1].tolist(), "responses to one prompt differ"
 
 
+def test_every_rank_hears_of_the_longest_prompt_of_the_step(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How a prompt's keys are read follows from it, and ranks have prompts of other lengths."""
+    heard = []
+
+    class Half(Comm):
+        rank, world = 0, 2
+
+        def __init__(self, rank: int) -> None:
+            self.device, self.rank = torch.device("cpu"), rank
+
+        def gather(self, x: Any) -> list[Any]:
+            return [x, x]
+
+    def sample(prompts: Any, k: int, seeds: Any, decoding: Decoding, done: Any) -> Any:
+        heard.append((len(prompts), decoding.wave, decoding.longest))
+        return Sampler.sample(sampler, prompts, k, seeds, decoding, done)
+
+    monkeypatch.setattr(sampler, "sample", sample)
+    for rank in (0, 1):
+        next(Sampled(RECORDS, ENCODED, sampler, lambda: None, Half(rank), prompts=4, samples=2, seed=0))
+    assert heard == [(2, 8, len(ENCODED[2]))] * 2
+
+
 def test_it_goes_on_identically_from_its_state(sampler: Sampler) -> None:
     first = source(sampler)
     for step in range(2):
