@@ -136,10 +136,8 @@ def _base(m: Any) -> nn.Linear | None:
     if type(m) is nn.Linear:
         return m
     base = getattr(m, "base_layer", None)
-    lora = (type(m).__module__, type(m).__qualname__) == (
-        "peft.tuners.lora.layer",
-        "Linear",
-    )  # peft is not imported for it
+    # By name, so that peft is not imported where no adapter is. `agree` cannot tell: adapters begin by adding 0.
+    lora = f"{type(m).__module__}.{type(m).__qualname__}" == "peft.tuners.lora.layer.Linear"
     plain = type(base) is nn.Linear and lora and not m.merged and not m.lora_variant
     return base if plain and all(b.bias is None for b in m.lora_B.values()) else None
 

@@ -3,7 +3,8 @@
 Every prompt is read once per group, its keys and values are copied to the group's rows, and every forward decodes the
 same number of rows; a row that ends frees its slot for the next. Because the shape of a forward never changes and a
 row's random numbers are its own, a row's tokens depend on its prompt, its seed and `rows`, and not on which rows
-share its batch, their order, or the process that draws them.
+share its batch, their order, or the process that draws them. Where all rows of a step begin together, one more thing of
+the step counts, alike in every process: whether its longest prompt is above `SHORT`, for then keys are read per group.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from rlhf_cli.rollout.tree import Slots, Tree
 
 __all__ = ["Decoding", "Rollout", "Sampler", "eos_ids"]
 
+SHORT = 128  # tokens of the longest prompt up to which reading it once per response is as fast as once per group and a merge
 # Prompts per forward, and the multiple that lengths are padded to; elsewhere one prompt, unpadded.
 PREFILL = {"cuda": (16, 64)}
-SHORT = 128  # tokens of the longest prompt up to which reading it once per response is as fast as once per group and a merge
 AHEAD = 4  # where prompts share a forward, read so many forwards' prompts before they are needed, so that they fill it
 
 

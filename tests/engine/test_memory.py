@@ -39,7 +39,20 @@ def test_other_errors_stay_what_they_are() -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="NOT LINUX: the heap is not asked for huge pages")
 def test_tensors_lie_in_a_heap_of_huge_pages() -> None:
+    import resource
+
     if not Path("/sys/kernel/mm/transparent_hugepage").exists():
         pytest.skip("NO HUGE PAGES in this kernel")
+    if any(resource.getrlimit(r)[0] != resource.RLIM_INFINITY for r in (resource.RLIMIT_AS, resource.RLIMIT_DATA)):
+        pytest.skip("LIMITED ADDRESSES: the heap is not reserved")
+    if Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2":
+        pytest.skip("STRICT OVERCOMMIT: the heap is not reserved")
     flags, inside = subprocess.check_output([sys.executable, "-c", LOOK], text=True).splitlines()
     assert "hg" in flags.split() and inside == "True"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="NOT LINUX: nothing is reserved")
+def test_where_addresses_are_limited_the_heap_is_not_reserved() -> None:
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 44, resource.RLIM_INFINITY))"
+    flags, inside = subprocess.check_output([sys.executable, "-c", limit + LOOK], text=True).splitlines()
+    assert "hg" not in flags.split() and inside == "True"
